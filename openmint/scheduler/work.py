@@ -1,0 +1,270 @@
+"""What the control plane asks of a worker, and what comes back: plain frozen values, no torch.
+
+Each command goes to the worker of one base and ends in exactly one result or one error of
+`openmint.errors`. Commands of one run take effect in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from openmint.types import (
+    AdamParams,
+    BaseInfo,
+    Datum,
+    Digest,
+    FloatArray,
+    IntArray,
+    LoraSpec,
+    LossSpec,
+    RunId,
+    SampledSequence,
+    SamplingParams,
+    Tenant,
+    TopLogprobs,
+)
+
+# -- training: one lane per run, in order ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRun:
+    """Start a training session with a fresh adapter (A uniform by `seed`, B zero). -> RunState."""
+
+    run_id: RunId
+    tenant: Tenant
+    spec: LoraSpec
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRun:
+    """Start a training session, or overwrite a live one, from stored bytes. -> RunState.
+
+    `kind` is what `digest` holds: a training state, or a revision (weights only).
+    Without `optimizer` the Adam moments and step count start anew.
+    """
+
+    run_id: RunId
+    tenant: Tenant
+    digest: Digest
+    kind: Literal["training", "revision"]
+    optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DropRun:
+    """Free a training session's memory. -> None. Unknown runs are fine."""
+
+    run_id: RunId
+    tenant: Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class TrainWork:
+    """`forward_backward`, or `forward` alone. -> TrainResult. All or nothing for the gradient."""
+
+    run_id: RunId
+    tenant: Tenant
+    data: tuple[Datum, ...]
+    loss: LossSpec
+    forward_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OptimWork:
+    """One AdamW update from the accumulated gradient, which it clears. -> OptimResult."""
+
+    run_id: RunId
+    tenant: Tenant
+    adam: AdamParams
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRun:
+    """Write weights, moments, step count and pending gradient to the store. -> SavedBlob."""
+
+    run_id: RunId
+    tenant: Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRun:
+    """Write the current weights as a revision to the store. -> SavedBlob.
+
+    With `keep_resident` the revision is also copied into a serving slot, so that the next sample
+    loads nothing.
+    """
+
+    run_id: RunId
+    tenant: Tenant
+    keep_resident: bool
+
+
+RunCommand = CreateRun | RestoreRun | DropRun | TrainWork | OptimWork | SaveRun | ExportRun
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    spec: LoraSpec
+    num_params: int
+    num_optim_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    logprobs: tuple[FloatArray, ...]
+    """Per datum, in order, in the shape of its `target_tokens`."""
+    metrics: dict[str, float]
+    """Keys are `name:reduction`, as the Tinker SDK combines chunks by reduction."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimResult:
+    metrics: dict[str, float]
+    num_optim_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBlob:
+    """Bytes that are durable in the store under `digest`."""
+
+    digest: Digest
+    size_bytes: int
+    spec: LoraSpec
+    num_optim_steps: int
+
+
+# -- sampling -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SampleWork:
+    """Draw `num_samples` continuations of one prompt from one revision. -> SampleResult.
+
+    `revision` None means the base itself. The worker loads the revision from the store when it is
+    not resident. Sample i draws with `params.seed + i`.
+    """
+
+    tenant: Tenant
+    revision: Digest | None
+    prompt_T: IntArray
+    params: SamplingParams
+    num_samples: int = 1
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs_NK: IntArray | None = None
+    """Candidate tokens whose log-probability is wanted at prompt positions 1..; -1 skips a cell."""
+    stream: bool = False
+    """Send a SampleDelta after each step that produced tokens, then the SampleResult."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleDelta:
+    """New tokens of one sample of a streaming SampleWork."""
+
+    sample_index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top_logprobs: TopLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    sequences: tuple[SampledSequence, ...]
+    revision: Digest | None
+    """Read in the engine from the slot that ran; None when the base answered."""
+    base: Digest
+    prompt_logprobs_T: FloatArray | None = None
+    """Index 0 is NaN: nothing predicts the first token."""
+    topk_prompt_logprobs: TopLogprobs | None = None
+    target_prompt_logprobs_NK: FloatArray | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values came from the prefix cache."""
+
+
+Command = RunCommand | SampleWork
+Result = RunState | TrainResult | OptimResult | SavedBlob | SampleResult | None
+
+
+# -- the link between gateway and worker ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    work_id: int
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    work_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Finish what is queued, then exit."""
+
+
+ToWorker = Submit | Cancel | Drain
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The base is resident and answers."""
+
+    base: BaseInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    work_id: int
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    work_id: int
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    work_id: int
+    delta: SampleDelta
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """A worker's gauges and counters since it started; sent about once a second."""
+
+    num_running_sequences: int = 0
+    num_waiting_sequences: int = 0
+    num_waiting_train: int = 0
+    num_training_runs: int = 0
+    num_resident_revisions: int = 0
+    kv_pages_total: int = 0
+    kv_pages_used: int = 0
+    training_bytes: int = 0
+    serving_bytes: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    trained_tokens: int = 0
+    optim_steps: int = 0
+    revision_loads: int = 0
+    revision_evictions: int = 0
+    preemptions: int = 0
+    train_seconds: float = 0.0
+    serve_seconds: float = 0.0
+    resident_revisions: tuple[Digest, ...] = field(default=())
+
+
+ToGateway = Ready | Done | Failed | Delta | WorkerStats
+
+AnyArray = npt.NDArray[np.generic]

@@ -1,0 +1,148 @@
+"""The nouns that every room shares. Standard library and numpy only; no behaviour.
+
+Shape suffixes: T tokens, N positions of one datum, K candidates, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NewType
+
+import numpy as np
+import numpy.typing as npt
+
+Tenant = NewType("Tenant", str)
+SessionId = NewType("SessionId", str)
+RunId = NewType("RunId", str)
+"""One training run, `<session>:train:<n>`; the Tinker wire calls it `model_id`."""
+Digest = NewType("Digest", str)
+"""`sha256:` and 64 hex digits of the bytes it names."""
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+TargetGroup = Literal["attn", "mlp", "unembed"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """What shape of adapter a policy trains. The update is `(alpha / rank) * B @ A`."""
+
+    rank: int
+    alpha: float = 32.0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def groups(self) -> tuple[TargetGroup, ...]:
+        flags: tuple[tuple[TargetGroup, bool], ...] = (
+            ("attn", self.train_attn),
+            ("mlp", self.train_mlp),
+            ("unembed", self.train_unembed),
+        )
+        return tuple(group for group, wanted in flags if wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModule:
+    """One linear layer of a base that an adapter may change.
+
+    `path` is its module path in the Hugging Face class, e.g. `model.layers.3.mlp.up_proj`.
+    """
+
+    path: str
+    group: TargetGroup
+    num_in: int
+    num_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """A resident base model as the control plane knows it; made by the worker that loaded it."""
+
+    name: str
+    digest: Digest
+    architecture: str
+    directory: str
+    """Local Hugging Face folder: weights, config, tokenizer, chat template."""
+    dtype: str
+    device: str
+    vocab_size: int
+    context_length: int
+    """Longest prompt plus completion, in tokens."""
+    eos_token_ids: tuple[int, ...]
+    num_params: int
+    weight_bytes: int
+    max_rank: int
+    targets: tuple[TargetModule, ...]
+
+    def targets_of(self, spec: LoraSpec) -> tuple[TargetModule, ...]:
+        """The modules that `spec` adapts, in the fixed order of the flat adapter layout."""
+        return tuple(target for target in self.targets if target.group in spec.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamParams:
+    """AdamW hyper-parameters of one `optim_step`; defaults are those of the Tinker SDK."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Global gradient norm above which the gradient is scaled down; 0 means never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Datum:
+    """One training example: `tokens_N` and the arrays that its loss reads, all dense."""
+
+    tokens_N: IntArray
+    inputs: Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class LossSpec:
+    """A loss by its Tinker name, with the settings that differ from its defaults."""
+
+    name: str
+    config: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence is drawn. `max_tokens` is always resolved before the engine sees it."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends after any of these, which stays in the output. Empty: none."""
+    stop_strings: tuple[str, ...] = ()
+    """Generation ends when one appears in the decoded completion; its tokens stay in the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """The k likeliest tokens at each position: `token_ids_NK`, `logprobs_NK` (-inf in empty cells)."""
+
+    token_ids_NK: IntArray
+    logprobs_NK: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSequence:
+    tokens_N: IntArray
+    logprobs_N: FloatArray
+    """Log-probability of each sampled token under the model itself (temperature 1, no truncation)."""
+    stop_reason: Literal["stop", "length"]
+    top_logprobs: TopLogprobs | None = None
