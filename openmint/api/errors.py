@@ -1,0 +1,114 @@
+"""Failures as HTTP answers: the only place that knows status codes.
+
+Three dialects, chosen by path: Tinker (`/api/v1`, `{"detail": ...}`), OpenAI (`/v1`, its error
+envelope), and problem details (RFC 9457) on everything else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from openmint import errors
+
+log = structlog.get_logger(__name__)
+
+STATUS_OF: dict[type[errors.OpenMintError], int] = {
+    errors.InvalidRequest: 400,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.BodyMismatch: 422,
+    errors.Gone: 410,
+    errors.TooLarge: 413,
+    errors.UnsupportedFormat: 415,
+    errors.RequestError: 400,
+    errors.Overloaded: 503,
+    errors.StoreFailed: 503,
+    errors.EngineFailed: 503,
+    errors.ServiceError: 503,
+}
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+
+
+def status_of(error: errors.OpenMintError, path: str) -> int:
+    """The HTTP status of an error; 409 becomes 422 for Tinker clients, which would retry a 409."""
+    status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+    return 422 if status == 409 and path.startswith("/api/v1") else status
+
+
+def error_response(path: str, status: int, code: str, message: str, request_id: str) -> Response:
+    """The answer in the dialect of `path`; always with a body and a Content-Length."""
+    headers = {"X-Request-Id": request_id}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if path.startswith("/api/v1"):
+        content: dict[str, object] = {"detail": message, "code": code, "request_id": request_id}
+        return JSONResponse(content, status, headers)
+    if path.startswith("/v1"):
+        kind = "server_error" if status >= 500 else OPENAI_TYPES.get(status, "invalid_request_error")
+        envelope = {"message": message, "type": kind, "code": code, "param": None}
+        return JSONResponse({"error": envelope, "request_id": request_id}, status, headers)
+    content = {
+        "type": f"urn:openmint:error:{code}",
+        "title": code.replace("_", " "),
+        "status": status,
+        "detail": message,
+        "request_id": request_id,
+    }
+    return JSONResponse(content, status, headers, media_type="application/problem+json")
+
+
+def request_id_of(request: Request) -> str:
+    """The id that the guard gave this request; it is in the log line and in every answer."""
+    return str(getattr(request.state, "request_id", "-"))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(errors.OpenMintError, _openmint_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+
+
+async def _openmint_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.OpenMintError)
+    path = request.url.path
+    status = status_of(error, path)
+    response = error_response(path, status, error.code, error.message, request_id_of(request))
+    if isinstance(error, errors.Overloaded):
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    return response
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    path = request.url.path
+    response = error_response(path, error.status_code, code, message, request_id_of(request))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = "/".join(str(part) for part in first["loc"])
+    message = f"{where}: {first['msg']}"
+    path = request.url.path
+    return error_response(path, 400, "invalid_request", message, request_id_of(request))
+
+
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    request_id = request_id_of(request)
+    log.error("unexpected_error", request_id=request_id, path=request.url.path, exc_info=error)
+    message = f"unexpected failure; report it with request id {request_id}"
+    return error_response(request.url.path, 500, "internal", message, request_id)

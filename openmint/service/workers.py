@@ -1,0 +1,47 @@
+"""The resident bases of this deployment, each behind the client of its worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from openmint.cluster.worker_client import WorkerClient
+from openmint.errors import NotFound
+from openmint.types import Digest
+
+
+class Workers:
+    """Finds the worker of a base. A restarted worker replaces the dead one under the same name."""
+
+    def __init__(self, clients: Iterable[WorkerClient] = ()) -> None:
+        self._by_name: dict[str, WorkerClient] = {}
+        for client in clients:
+            self.add(client)
+
+    def add(self, client: WorkerClient) -> None:
+        self._by_name[client.base.name] = client
+
+    def all(self) -> tuple[WorkerClient, ...]:
+        return tuple(self._by_name.values())
+
+    def by_name(self, name: str) -> WorkerClient:
+        """The worker of a base given by its name, its directory or its directory's last part.
+
+        Raises NotFound, naming the resident bases.
+        """
+        if client := self._by_name.get(name):
+            return client
+        for client in self._by_name.values():
+            if name in (client.base.directory, Path(client.base.directory).name):
+                return client
+        raise NotFound(f"no resident base is called {name!r}; resident: {self._resident()}")
+
+    def by_digest(self, digest: Digest) -> WorkerClient:
+        """The worker whose base has this digest. Raises NotFound, naming the resident bases."""
+        for client in self._by_name.values():
+            if client.base.digest == digest:
+                return client
+        raise NotFound(f"no resident base has digest {digest}; resident: {self._resident()}")
+
+    def _resident(self) -> str:
+        return ", ".join(sorted(self._by_name)) or "none"
