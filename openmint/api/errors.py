@@ -53,7 +53,9 @@ def error_response(path: str, status: int, code: str, message: str, request_id: 
         content: dict[str, object] = {"detail": message, "code": code, "request_id": request_id}
         return JSONResponse(content, status, headers)
     if path.startswith("/v1"):
-        kind = "server_error" if status >= 500 else OPENAI_TYPES.get(status, "invalid_request_error")
+        kind = (
+            "server_error" if status >= 500 else OPENAI_TYPES.get(status, "invalid_request_error")
+        )
         envelope = {"message": message, "type": kind, "code": code, "param": None}
         return JSONResponse({"error": envelope, "request_id": request_id}, status, headers)
     content = {

@@ -1,0 +1,126 @@
+"""Futures: handles on results that are still being computed. In memory, on the event loop.
+
+A future is found by its `request_id`, or by the key under which it was opened, so that a retried
+request gets the first one's future. A finished future is kept for a while and then forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+
+import structlog
+
+from openmint.errors import BodyMismatch, EngineFailed, NotFound, OpenMintError
+from openmint.types import Tenant
+
+log = structlog.get_logger(__name__)
+
+Key = tuple[object, ...]
+
+
+@dataclass(eq=False, slots=True)
+class ResultFuture:
+    """One pending or finished result. `done` is set exactly once, with `result` or `error`."""
+
+    request_id: str
+    tenant: Tenant
+    kind: str
+    key: Key
+    fingerprint: bytes
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    result: object = None
+    error: OpenMintError | None = None
+    finished_at_seconds: float = 0.0
+    task: asyncio.Task[None] | None = None
+    encoded: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+
+    def resolve(self, result: object) -> None:
+        if not self.done.is_set():
+            self.result, self.finished_at_seconds = result, time.monotonic()
+            self.done.set()
+
+    def fail(self, error: OpenMintError) -> None:
+        if not self.done.is_set():
+            self.error, self.finished_at_seconds = error, time.monotonic()
+            self.done.set()
+
+    async def settle(self, work: Awaitable[object]) -> None:
+        """Wait for `work` and take its outcome; nothing is left pending, whatever happens."""
+        try:
+            self.resolve(await work)
+        except OpenMintError as error:
+            self.fail(error)
+        except asyncio.CancelledError:
+            self.fail(EngineFailed("cancelled"))
+            raise
+        except Exception as error:
+            log.error("request_failed", request_id=self.request_id, kind=self.kind, exc_info=error)
+            self.fail(EngineFailed(f"unexpected failure; report it with {self.request_id}"))
+
+
+class Futures:
+    """Every future of this gateway."""
+
+    def __init__(self, ttl_seconds: float) -> None:
+        self._ttl_seconds = ttl_seconds
+        self._by_id: dict[str, ResultFuture] = {}
+        self._by_key: dict[Key, ResultFuture] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def num_pending(self) -> int:
+        return sum(not future.done.is_set() for future in self._by_id.values())
+
+    def existing(self, key: Key, fingerprint: bytes) -> ResultFuture | None:
+        """The future of an earlier request under `key`. Raises BodyMismatch if that one differed."""
+        future = self._by_key.get(key)
+        if future and future.fingerprint != fingerprint:
+            name = "/".join(str(part) for part in key[1:])
+            raise BodyMismatch(
+                f"{name} was already used by a different {future.kind} request; "
+                "a retry must repeat the body, a new request needs a new seq_id"
+            )
+        return future
+
+    def open(self, tenant: Tenant, kind: str, key: Key, fingerprint: bytes) -> ResultFuture:
+        """A new pending future; the caller has seen that there is none under `key`."""
+        request_id = f"req-{secrets.token_hex(12)}"
+        future = ResultFuture(request_id, tenant, kind, key, fingerprint)
+        self._by_id[request_id] = self._by_key[key] = future
+        return future
+
+    def get(self, tenant: Tenant, request_id: str) -> ResultFuture:
+        """The tenant's future. Raises NotFound when it is unknown, forgotten or another's."""
+        future = self._by_id.get(request_id)
+        if future is None or future.tenant != tenant:
+            raise NotFound(
+                f"no request {request_id[:80]!r}; results are kept for "
+                f"{self._ttl_seconds:g} s after they are ready"
+            )
+        return future
+
+    async def wait(self, future: ResultFuture, timeout_seconds: float) -> bool:
+        """Whether the future finished within the time."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await future.done.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def forget(self, future: ResultFuture) -> None:
+        self._by_id.pop(future.request_id, None)
+        self._by_key.pop(future.key, None)
+
+    def sweep(self, now_seconds: float) -> list[ResultFuture]:
+        """Forget what finished more than the time to live ago; returns the forgotten."""
+        oldest = now_seconds - self._ttl_seconds
+        old = [f for f in self._by_id.values() if f.done.is_set() and f.finished_at_seconds < oldest]
+        for future in old:
+            self.forget(future)
+        return old
