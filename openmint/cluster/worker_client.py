@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import pickle
-import struct
 from collections.abc import AsyncIterator, Callable
 
+from openmint.cluster.link import frame, read_frame
 from openmint.errors import EngineFailed
 from openmint.scheduler.work import (
     Cancel,
@@ -27,9 +26,6 @@ from openmint.scheduler.work import (
     WorkerStats,
 )
 from openmint.types import BaseInfo
-
-HEADER = struct.Struct("<Q")
-
 
 class WorkerClient:
     """Sends commands to one worker and hands each result to whoever waits for it.
@@ -105,7 +101,7 @@ class WorkerClient:
             self._listeners.pop(work_id, None)
 
     def _send(self, message: ToWorker) -> None:
-        self._writer.writelines(frame(message))
+        self._writer.write(frame(message))
 
     async def _receive(self) -> None:
         try:
@@ -135,16 +131,3 @@ class WorkerClient:
                 self.stats = message
             case Ready(base):
                 self.base = base
-
-
-def frame(message: ToWorker | ToGateway) -> tuple[bytes, bytes]:
-    """The length prefix and the body of one message."""
-    body = pickle.dumps(message, protocol=5)
-    return HEADER.pack(len(body)), body
-
-
-async def read_frame(reader: asyncio.StreamReader) -> ToGateway:
-    """The next message of the link. Raises IncompleteReadError when the worker has gone."""
-    (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-    message: ToGateway = pickle.loads(await reader.readexactly(length))
-    return message

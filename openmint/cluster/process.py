@@ -1,0 +1,71 @@
+"""Starting and stopping worker processes on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+
+from openmint.cluster.link import frame, read_frame
+from openmint.cluster.worker_client import WorkerClient
+from openmint.cluster.worker_setup import WorkerSetup
+from openmint.config import Settings
+from openmint.errors import EngineFailed
+from openmint.scheduler.work import Ready
+from openmint.types import BaseInfo
+
+STOP_SECONDS = 30.0
+
+
+class WorkerProcess:
+    """A running worker and the client of its link."""
+
+    def __init__(self, process: asyncio.subprocess.Process, client: WorkerClient) -> None:
+        self.process = process
+        self.client = client
+
+    @property
+    def base(self) -> BaseInfo:
+        return self.client.base
+
+    async def stop(self) -> None:
+        """Let the worker finish its queue, then end it; after 30 s it is killed."""
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.client.drain()
+                await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+
+
+async def start_worker(base: str, settings: Settings) -> WorkerProcess:
+    """A worker whose base is resident. Raises EngineFailed when it ends before that."""
+    ours, theirs = socket.socketpair()
+    num_workers = max(1, len(settings.bases))
+    threads = settings.worker.threads or max(1, (os.cpu_count() or 1) // num_workers)
+    # OpenMP threads that spin while they wait would starve a second busy process.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with theirs:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "openmint.cluster.worker",
+            str(theirs.fileno()),
+            pass_fds=[theirs.fileno()],
+            env=environment,
+        )
+    reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
+    setup = WorkerSetup(base, settings.data, settings.worker, threads)
+    writer.write(frame(setup))
+    try:
+        ready = await read_frame(reader)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        code = await process.wait()
+        raise EngineFailed(
+            f"the worker of base {base!r} ended with code {code} before the base was resident; "
+            "its log says why"
+        ) from None
+    assert isinstance(ready, Ready)
+    return WorkerProcess(process, WorkerClient(reader, writer, ready.base))

@@ -1,0 +1,147 @@
+"""One worker process: a base, its engine and its scheduler, behind a socket to the gateway.
+
+Three kinds of thread: the main one owns engine and scheduler; a reader feeds its inbox; a few
+others read and write the store. `python -m openmint.cluster.worker FD` is started by `process.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from openmint.cluster.link import HEADER, frame
+from openmint.cluster.worker_setup import WorkerSetup
+from openmint.engine.engine import Engine
+from openmint.engine.formats import AdapterArchive
+from openmint.models.embedded import EMBEDDED_BASE, base_digest, resolve_base
+from openmint.models.loader import load_model
+from openmint.observe.logs import configure_logs
+from openmint.scheduler.scheduler import Scheduler
+from openmint.scheduler.work import Cancel, Drain, Ready, Submit, ToGateway, ToWorker
+from openmint.store.blobs import BlobStore
+
+STATS_SECONDS = 1.0
+STORE_THREADS = 2
+
+
+class Link:
+    """The worker's end of the socket; frames as in `worker_client.py`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._stream = connection.makefile("rb")
+
+    def send(self, message: ToGateway) -> None:
+        self._connection.sendall(frame(message))
+
+    def receive(self) -> Any:
+        """The next message, None when the gateway has gone."""
+        header = self._stream.read(HEADER.size)
+        if len(header) < HEADER.size:
+            return None
+        (length,) = HEADER.unpack(header)
+        body = self._stream.read(length)
+        return pickle.loads(body) if len(body) == length else None
+
+
+class Inbox:
+    """What the main loop has to look at: messages of the gateway and ends of background jobs."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[ToWorker | Callable[[], None] | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+
+    def read_from(self, link: Link) -> None:
+        def pump() -> None:
+            while (message := link.receive()) is not None:
+                self._queue.put(message)
+            self._queue.put(None)
+
+        threading.Thread(target=pump, name="link", daemon=True).start()
+
+    def background(
+        self, job: Callable[[], Any], then: Callable[[Any, Exception | None], None]
+    ) -> None:
+        def ended(future: Future[Any]) -> None:
+            error = future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            value = None if error is not None else future.result()
+            self._queue.put(lambda: then(value, error))
+
+        self._pool.submit(job).add_done_callback(ended)
+
+    def get(self, timeout_seconds: float) -> list[ToWorker | Callable[[], None] | None]:
+        """Everything that has come; waits up to the timeout for a first item."""
+        items = []
+        try:
+            items.append(self._queue.get(timeout=timeout_seconds) if timeout_seconds else
+                         self._queue.get_nowait())
+            while True:
+                items.append(self._queue.get_nowait())
+        except queue.Empty:
+            return items
+
+
+def main(connection: socket.socket) -> None:
+    """Load the base, say Ready, then serve until drained or until the gateway is gone."""
+    # The gateway decides when workers end: a Ctrl-C in a terminal reaches the whole group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = Link(connection)
+    setup: WorkerSetup = link.receive()
+    configure_logs()
+    torch.set_num_threads(setup.threads)
+    directory = resolve_base(setup.base, setup.data)
+    digest = base_digest(directory, setup.data)
+    name = setup.base if setup.base == EMBEDDED_BASE else directory.name
+    model, base = load_model(name, directory, digest, setup.config)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    engine = Engine(model, base, setup.config)
+    inbox = Inbox()
+    archive = AdapterArchive(BlobStore(setup.data), base, engine.dtype)
+    scheduler = Scheduler(
+        engine, archive, setup.config, tokenizer.decode, link.send, inbox.background
+    )
+    inbox.read_from(link)
+    link.send(Ready(base))
+    serve(scheduler, inbox, link)
+
+
+def serve(scheduler: Scheduler, inbox: Inbox, link: Link) -> None:
+    """The main loop: take in what came, do one step, repeat."""
+    draining, busy, next_stats = False, False, 0.0
+    while not (draining and scheduler.is_idle):
+        for item in inbox.get(0.0 if busy else STATS_SECONDS):
+            match item:
+                case Submit():
+                    scheduler.submit(item)
+                case Cancel():
+                    scheduler.cancel(item)
+                case Drain():
+                    draining = True
+                case None:
+                    return  # the gateway has gone, and with it everyone who waits for a result
+                case _:
+                    item()
+        busy = scheduler.step()
+        if (now := time.monotonic()) >= next_stats:
+            link.send(scheduler.stats())
+            next_stats = now + STATS_SECONDS
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])))
+    sys.stdout.flush()
+    os._exit(0)  # skip the teardown of torch's thread pools, which can hang

@@ -1,0 +1,19 @@
+"""What a worker is told before anything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from openmint.config import WorkerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """First message to a worker: what to load and where the bytes are."""
+
+    base: str
+    """The embedded base's name, or a local Hugging Face folder."""
+    data: Path
+    config: WorkerConfig
+    threads: int

@@ -1,0 +1,152 @@
+"""The engine: sole owner of device memory. Called by one thread, the worker's main loop."""
+
+from __future__ import annotations
+
+import torch
+
+from openmint.config import WorkerConfig
+from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
+from openmint.engine.runs import Runs, RunSnapshot
+from openmint.engine.sample_step import Sampler
+from openmint.engine.train_step import OpenTrain, train_micro_batch
+from openmint.errors import InvalidRequest
+from openmint.layers.adapters import AdapterWeights
+from openmint.layers.attention import KVCache
+from openmint.models.model import Model
+from openmint.types import (
+    AdamParams,
+    BaseInfo,
+    Datum,
+    Digest,
+    FloatArray,
+    LoraSpec,
+    LossSpec,
+    RunId,
+)
+
+
+class Engine:
+    """A resident base, its training sessions, its serving slots and its page cache."""
+
+    def __init__(self, model: Model, base: BaseInfo, config: WorkerConfig) -> None:
+        self.base = base
+        self.dtype = model.head.weight_OI.dtype
+        self._model = model
+        self.runs = Runs(base, self.dtype, config.training_bytes)
+        self._slots: dict[Digest, AdapterWeights] = {}
+        self._open: dict[int, OpenTrain] = {}
+        shape = model.cache_shape
+        token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
+        self.num_pages = max(1, config.kv_cache_bytes // (token_bytes * config.page_tokens))
+        cache = KVCache(
+            shape.num_layers,
+            self.num_pages,
+            config.page_tokens,
+            shape.num_kv_heads,
+            shape.head_dim,
+            self.dtype,
+            torch.device(base.device),
+        )
+        self._sampler = Sampler(model, cache)
+
+    # -- training sessions ------------------------------------------------------------------------
+
+    def create_run(self, run_id: RunId, spec: LoraSpec, seed: int) -> int:
+        """Start a session with a fresh adapter; its number of parameters."""
+        return self.runs.create(run_id, spec, seed).layout.num_params
+
+    def restore_run(self, run_id: RunId, snapshot: RunSnapshot) -> int:
+        """Start a session with this state, or overwrite a live one; its number of parameters.
+
+        Raises InvalidRequest when the live session has another shape.
+        """
+        if run_id in self.runs and self.runs[run_id].layout.spec != snapshot.spec:
+            have, want = self.runs[run_id].layout.spec, snapshot.spec
+            raise InvalidRequest(f"run {run_id} trains {have}, the saved state is {want}")
+        layout = self.runs.layout(snapshot.spec)
+        run = self.runs.put(run_id, layout, snapshot.state)
+        if snapshot.grads_P is not None:
+            run.add_gradient(snapshot.grads_P)
+        return layout.num_params
+
+    def optim_step(self, run_id: RunId, adam: AdamParams) -> tuple[float, int]:
+        """Gradient norm before clipping, and updates so far."""
+        run = self.runs[run_id]
+        grad_norm = run.optim_step(adam)
+        return grad_norm, run.state.num_optim_steps
+
+    def drop_run(self, run_id: RunId) -> None:
+        self.runs.drop(run_id)
+
+    def snapshot_run(self, run_id: RunId) -> RunSnapshot:
+        return self.runs.snapshot(run_id)
+
+    def export_run(self, run_id: RunId) -> tuple[AdapterWeights, int]:
+        """The run's weights, which later updates leave alone, and its number of updates."""
+        run = self.runs[run_id]
+        return run.weights, run.state.num_optim_steps
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.runs)
+
+    @property
+    def training_bytes(self) -> int:
+        return self.runs.used_bytes
+
+    # -- forward and backward ---------------------------------------------------------------------
+
+    def open_train(
+        self,
+        work_id: int,
+        run_id: RunId,
+        data: tuple[Datum, ...],
+        loss: LossSpec,
+        forward_only: bool,
+    ) -> None:
+        """Make ready for the micro-batches of a work. Raises NotFound for an unknown run."""
+        run = self.runs[run_id]
+        grads_P = None if forward_only else torch.zeros_like(run.grads_P)
+        self._open[work_id] = OpenTrain(run, data, loss, forward_only, grads_P)
+
+    def train(self, micro_batch: MicroBatch) -> None:
+        items = [(self._open[item.work_id], item.datum_index) for item in micro_batch.items]
+        train_micro_batch(self._model, items)
+
+    def close_train(self, work_id: int) -> tuple[tuple[FloatArray, ...], dict[str, float]]:
+        """The work's log-probabilities and metrics; its gradient joins the run's, if finite.
+
+        Raises InvalidRequest for a non-finite loss or gradient; the run is as before the work.
+        """
+        work = self._open.pop(work_id)
+        if work.grads_P is not None:
+            if not bool(torch.isfinite(work.grads_P).all()):
+                raise InvalidRequest(
+                    f"loss {work.loss.name} gave a gradient with NaN or infinite values (loss "
+                    f"{work.loss_sum}); this forward_backward was left out, the run is unharmed. "
+                    "Check the data's logprobs, advantages and weights"
+                )
+            work.run.add_gradient(work.grads_P)
+        logprobs = tuple(row for row in work.logprobs if row is not None)
+        metrics = {"loss:sum": work.loss_sum, "num_tokens:sum": float(work.num_tokens)}
+        return logprobs, metrics
+
+    def abandon_train(self, work_id: int) -> None:
+        self._open.pop(work_id, None)
+
+    # -- serving ----------------------------------------------------------------------------------
+
+    def attach(self, revision: Digest, weights: AdapterWeights) -> None:
+        """Put weights into a serving slot under their revision's name.
+
+        An update replaces a run's weight vector and never writes into it, so a slot may share the
+        vector that was exported.
+        """
+        self._slots[revision] = AdapterWeights(weights.layout, weights.flat_P, revision)
+
+    def detach(self, revision: Digest) -> None:
+        del self._slots[revision]
+        self._sampler.forget()
+
+    def sample(self, batch: SampleBatch) -> list[ChunkOutcome]:
+        return self._sampler.run(batch, self._slots)

@@ -1,0 +1,130 @@
+"""A run's tensors to and from the bytes that the store keeps.
+
+A revision is an adapter file (`store/adapter_file.py`); a training state is a safetensors file of
+the flat vectors. Both are checked against the base before a single value is used.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from openmint.engine.optimizer import AdamState
+from openmint.engine.runs import RunSnapshot
+from openmint.errors import InvalidRequest
+from openmint.layers.adapters import AdapterLayout, AdapterWeights
+from openmint.store.adapter_file import check_adapter, encode_adapter
+from openmint.store.blobs import BlobStore
+from openmint.types import BaseInfo, Digest, LoraSpec
+
+PREFIX = "base_model.model."
+TRAINING_FORMAT = "openmint-training/1"
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def encode_revision(weights: AdapterWeights, base: BaseInfo) -> bytes:
+    """The adapter file of these weights; equal weights give equal bytes."""
+    tensors = {}
+    for path, (a_RI, b_RO) in weights.views.items():
+        for name, tensor in (("lora_A", a_RI), ("lora_B", b_RO.t())):
+            tensors[f"{PREFIX}{path}.{name}.weight"] = (
+                DTYPE_NAMES[tensor.dtype],
+                tuple(tensor.shape),
+                _raw(tensor),
+            )
+    return encode_adapter(tensors, base.digest, weights.spec)
+
+
+def decode_revision(
+    data: bytes, base: BaseInfo, dtype: torch.dtype, revision: Digest
+) -> AdapterWeights:
+    """Weights from an adapter file. Raises InvalidRequest with the list of what doesn't match."""
+    spec = check_adapter(data, base).spec
+    layout = AdapterLayout(spec, base.targets_of(spec))
+    flat_P = torch.empty(layout.num_params, dtype=dtype)
+    tensors = safetensors.torch.load(data)
+    for path, (a_RI, b_RO) in layout.views(flat_P).items():
+        a_RI.copy_(tensors[f"{PREFIX}{path}.lora_A.weight"])
+        b_RO.copy_(tensors[f"{PREFIX}{path}.lora_B.weight"].t())
+    return AdapterWeights(layout, flat_P.to(base.device), revision)
+
+
+def encode_training(snapshot: RunSnapshot, base: BaseInfo) -> bytes:
+    """The training state file: weights, moments, step count and any pending gradient, all fp32."""
+    state = snapshot.state
+    tensors = {
+        "params": state.params_P,
+        "exp_avg": state.exp_avg_P,
+        "exp_avg_sq": state.exp_avg_sq_P,
+    }
+    if snapshot.grads_P is not None:
+        tensors["grads"] = snapshot.grads_P
+    metadata = {
+        "format": TRAINING_FORMAT,
+        "base": base.digest,
+        "spec": json.dumps(asdict(snapshot.spec), sort_keys=True),
+        "num_optim_steps": str(state.num_optim_steps),
+    }
+    return safetensors.torch.save({k: v.cpu() for k, v in tensors.items()}, metadata)
+
+
+def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
+    """The inverse of `encode_training`. Raises InvalidRequest when it isn't such a file or its base
+    is another."""
+    metadata = _metadata(data)
+    if metadata.get("format") != TRAINING_FORMAT:
+        raise InvalidRequest(f"not a training state: format {metadata.get('format')!r}")
+    if metadata["base"] != base.digest:
+        raise InvalidRequest(f"the state belongs to base {metadata['base']}, not {base.digest}")
+    spec = LoraSpec(**json.loads(metadata["spec"]))
+    num_params = AdapterLayout(spec, base.targets_of(spec)).num_params
+    tensors = safetensors.torch.load(data)
+    if any(t.shape != (num_params,) or t.dtype != torch.float32 for t in tensors.values()):
+        raise InvalidRequest(f"a state of {spec} holds fp32 vectors of {num_params} values")
+    moved = {name: tensor.to(base.device) for name, tensor in tensors.items()}
+    num_steps = int(metadata["num_optim_steps"])
+    state = AdamState(moved["params"], moved["exp_avg"], moved["exp_avg_sq"], num_steps)
+    return RunSnapshot(spec, state, moved.get("grads"))
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """A safetensors file's own metadata. The bytes are ours: their digest was verified."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return metadata
+
+
+class AdapterArchive:
+    """Revisions and training states in the store, encoded and checked. Any thread may call it."""
+
+    def __init__(self, blobs: BlobStore, base: BaseInfo, dtype: torch.dtype) -> None:
+        self._blobs, self._base, self._dtype = blobs, base, dtype
+
+    def save_revision(self, weights: AdapterWeights) -> tuple[Digest, int]:
+        """Digest and size of the adapter file, which is durable on return."""
+        data = encode_revision(weights, self._base)
+        return self._blobs.put(data), len(data)
+
+    def load_revision(self, revision: Digest) -> AdapterWeights:
+        return decode_revision(self._blobs.get(revision), self._base, self._dtype, revision)
+
+    def save_training(self, snapshot: RunSnapshot) -> tuple[Digest, int]:
+        data = encode_training(snapshot, self._base)
+        return self._blobs.put(data), len(data)
+
+    def load_training(self, digest: Digest) -> RunSnapshot:
+        return decode_training(self._blobs.get(digest), self._base)
+
+    def load_as_training(self, revision: Digest) -> RunSnapshot:
+        """A revision's weights as the start of a training session."""
+        weights = decode_revision(self._blobs.get(revision), self._base, torch.float32, revision)
+        return RunSnapshot(weights.spec, AdamState.fresh(weights.flat_P), None)

@@ -1,0 +1,135 @@
+"""Training sessions in device memory: fp32 master weights, moments, gradients, step count."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openmint.engine.optimizer import AdamState, adamw
+from openmint.errors import InvalidRequest, NotFound, Overloaded
+from openmint.layers.adapters import AdapterLayout, AdapterWeights
+from openmint.types import AdamParams, BaseInfo, LoraSpec, RunId
+
+BYTES_PER_PARAM = 4 * 4
+"""fp32 weights, two moments and the gradient; the compute copy and the scratch come on top."""
+
+
+class Run:
+    """One training session. All of its tensors are flat vectors in one layout."""
+
+    def __init__(self, layout: AdapterLayout, state: AdamState, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.dtype = dtype
+        self.grads_P = torch.zeros_like(state.params_P)
+        self.has_gradient = False
+        self.set_state(state)
+
+    def set_state(self, state: AdamState) -> None:
+        self.state = state
+        self.weights = AdapterWeights(self.layout, state.params_P.to(self.dtype))
+
+    def add_gradient(self, grads_P: Tensor) -> None:
+        self.grads_P += grads_P
+        self.has_gradient = True
+
+    def clear_gradient(self) -> None:
+        self.grads_P.zero_()
+        self.has_gradient = False
+
+    def optim_step(self, adam: AdamParams) -> float:
+        """Gradient norm before clipping. Applies and clears the gradient, or changes nothing."""
+        state, grad_norm = adamw(self.state, self.grads_P, adam)
+        self.set_state(state)
+        self.clear_gradient()
+        return grad_norm
+
+
+@dataclass(frozen=True, slots=True)
+class RunSnapshot:
+    """A run's state at one moment, safe to encode on another thread."""
+
+    spec: LoraSpec
+    state: AdamState
+    grads_P: Tensor | None
+
+    @property
+    def num_optim_steps(self) -> int:
+        return self.state.num_optim_steps
+
+    def weights_only(self) -> RunSnapshot:
+        """The same weights under a fresh optimizer, without a pending gradient."""
+        return RunSnapshot(self.spec, AdamState.fresh(self.state.params_P), None)
+
+
+class Runs:
+    """The training sessions of one worker, within a byte budget."""
+
+    def __init__(self, base: BaseInfo, dtype: torch.dtype, budget_bytes: int) -> None:
+        self._base, self._dtype, self._budget_bytes = base, dtype, budget_bytes
+        self._device = torch.device(base.device)
+        self._runs: dict[RunId, Run] = {}
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __contains__(self, run_id: RunId) -> bool:
+        return run_id in self._runs
+
+    def __getitem__(self, run_id: RunId) -> Run:
+        if run_id not in self._runs:
+            raise NotFound(
+                f"training run {run_id!r} is not in memory (finished, expired, or its worker was "
+                "restarted); continue from a checkpoint with create_training_client_from_state"
+            )
+        return self._runs[run_id]
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(run.layout.num_params for run in self._runs.values()) * BYTES_PER_PARAM
+
+    def layout(self, spec: LoraSpec) -> AdapterLayout:
+        if not 1 <= spec.rank <= self._base.max_rank:
+            limit = self._base.max_rank
+            raise InvalidRequest(f"rank {spec.rank} is outside 1..{limit}")
+        if not spec.groups:
+            raise InvalidRequest("a policy must train at least one of attn, mlp, unembed")
+        return AdapterLayout(spec, self._base.targets_of(spec))
+
+    def create(self, run_id: RunId, spec: LoraSpec, seed: int) -> Run:
+        """A fresh adapter. A ~ U(-1/sqrt(in), 1/sqrt(in)), as in peft's default; B = 0."""
+        layout = self.layout(spec)
+        generator = torch.Generator().manual_seed(seed)
+        params_P = torch.zeros(layout.num_params)
+        for a_RI, _ in layout.views(params_P).values():
+            bound = 1.0 / math.sqrt(a_RI.shape[1])
+            a_RI.uniform_(-bound, bound, generator=generator)
+        return self.put(run_id, layout, AdamState.fresh(params_P.to(self._device)))
+
+    def put(self, run_id: RunId, layout: AdapterLayout, state: AdamState) -> Run:
+        """Start a session with this state, or replace a live one."""
+        others = self.used_bytes
+        if run_id in self._runs:
+            others -= self._runs[run_id].layout.num_params * BYTES_PER_PARAM
+        needed = layout.num_params * BYTES_PER_PARAM
+        if others + needed > self._budget_bytes:
+            raise Overloaded(
+                f"no memory for another training session: it needs {needed >> 20} MiB, "
+                f"{others >> 20} of {self._budget_bytes >> 20} MiB are in use; finish a session, "
+                "lower the rank, or raise worker.training_bytes",
+                retry_after_seconds=30.0,
+            )
+        self._runs[run_id] = Run(layout, state, self._dtype)
+        return self._runs[run_id]
+
+    def drop(self, run_id: RunId) -> None:
+        self._runs.pop(run_id, None)
+
+    def snapshot(self, run_id: RunId) -> RunSnapshot:
+        """Weights, moments and pending gradient as they are now. State tensors are never mutated
+        in place, so only the gradient is copied."""
+        run = self[run_id]
+        grads_P = run.grads_P.clone() if run.has_gradient else None
+        return RunSnapshot(run.layout.spec, run.state, grads_P)

@@ -1,0 +1,125 @@
+"""The dense family: Llama, SmolLM2, Qwen2, Qwen3, Mistral.
+
+Shapes: T packed tokens, D hidden size, H query heads, G key/value heads, V vocabulary.
+One pre-norm transformer; the members differ by q/k/v bias, q/k norm, window and rope scaling, all
+read from the checkpoint and its Hugging Face config. Proved against `transformers` in
+tests/models/test_dense.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from openmint.errors import InvalidRequest
+from openmint.layers.linear import LoraLinear
+from openmint.layers.norm import rms_norm
+from openmint.layers.rotary import Rotary, rotate
+from openmint.models.model import Batch, CacheShape
+from openmint.models.weights import Weights
+from openmint.types import TargetGroup, TargetModule
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+
+class DenseLayer:
+    """One transformer block."""
+
+    def __init__(self, config: PretrainedConfig, weights: Weights, index: int) -> None:
+        prefix = f"model.layers.{index}"
+        self.index = index
+        self.eps = config.rms_norm_eps
+        self.head_dim = _head_dim(config)
+
+        def linear(group: TargetGroup, *paths: str) -> LoraLinear:
+            names = [f"{prefix}.{path}" for path in paths]
+            parts = [(n, weights[f"{n}.weight"], weights.get(f"{n}.bias")) for n in names]
+            return LoraLinear(group, parts)
+
+        self.qkv = linear("attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.out = linear("attn", "self_attn.o_proj")
+        self.gate_up = linear("mlp", "mlp.gate_proj", "mlp.up_proj")
+        self.down = linear("mlp", "mlp.down_proj")
+        self.input_norm_D = weights[f"{prefix}.input_layernorm.weight"]
+        self.mlp_norm_D = weights[f"{prefix}.post_attention_layernorm.weight"]
+        self.q_norm_D = weights.get(f"{prefix}.self_attn.q_norm.weight")
+        self.k_norm_D = weights.get(f"{prefix}.self_attn.k_norm.weight")
+
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        normed_TD = rms_norm(x_TD, self.input_norm_D, self.eps)
+        x_TD = x_TD + self._attention(normed_TD, cos, sin, batch)
+        gate_up = self.gate_up(rms_norm(x_TD, self.mlp_norm_D, self.eps), batch.adapters)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return x_TD + self.down(F.silu(gate) * up, batch.adapters)
+
+    def _attention(self, x_TD: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        sizes = [part.stop - part.start for part in self.qkv.parts]
+        heads = self.qkv(x_TD, batch.adapters).split(sizes, dim=-1)
+        q_THD, k_TGD, v_TGD = (x.unflatten(-1, (-1, self.head_dim)) for x in heads)
+        if self.q_norm_D is not None and self.k_norm_D is not None:
+            q_THD = rms_norm(q_THD, self.q_norm_D, self.eps)
+            k_TGD = rms_norm(k_TGD, self.k_norm_D, self.eps)
+        q_THD, k_TGD = rotate(q_THD, cos, sin), rotate(k_TGD, cos, sin)
+        mixed_TD = batch.attention.attend(self.index, q_THD, k_TGD, v_TGD)
+        return self.out(mixed_TD, batch.adapters)
+
+
+class DenseModel:
+    """A resident dense base; implements `models.model.Model`."""
+
+    def __init__(self, config: PretrainedConfig, weights: Weights) -> None:
+        _check(config)
+        self.embedding_VD = weights["model.embed_tokens.weight"]
+        self.layers = [DenseLayer(config, weights, i) for i in range(config.num_hidden_layers)]
+        self.final_norm_D = weights["model.norm.weight"]
+        head_VD = self.embedding_VD if config.tie_word_embeddings else weights["lm_head.weight"]
+        self.head = LoraLinear("unembed", [("lm_head", head_VD, None)])
+        self.eps = config.rms_norm_eps
+        self.window = _window(config)
+        self.rotary = Rotary(config, _head_dim(config), str(self.embedding_VD.device))
+        self.cache_shape = CacheShape(
+            config.num_hidden_layers, config.num_key_value_heads, _head_dim(config)
+        )
+
+    @property
+    def targets(self) -> tuple[TargetModule, ...]:
+        linears = [x for y in self.layers for x in (y.qkv, y.out, y.gate_up, y.down)]
+        return tuple(target for linear in (*linears, self.head) for target in linear.targets)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: Batch) -> Tensor:
+        x_TD = F.embedding(tokens_T, self.embedding_VD)
+        if torch.is_grad_enabled():
+            x_TD.requires_grad_()  # nothing frozen asks for a gradient, so the graph starts here
+        cos, sin = self.rotary.at(positions_T, x_TD.dtype)
+        for layer in self.layers:
+            x_TD = layer.forward(x_TD, cos, sin, batch)
+        return rms_norm(x_TD, self.final_norm_D, self.eps)
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window else None
+
+
+def _check(config: PretrainedConfig) -> None:
+    """Refuse by name what this family does not compute."""
+    if config.hidden_act != "silu":
+        raise InvalidRequest(f"hidden_act {config.hidden_act!r} is not supported; supported: silu")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        listed = ", ".join(sorted(kinds))
+        raise InvalidRequest(f"layers of different attention kinds are not supported: {listed}")

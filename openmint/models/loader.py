@@ -1,0 +1,69 @@
+"""From a Hugging Face folder to a resident model and the facts that the control plane needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from openmint.config import WorkerConfig
+from openmint.errors import InvalidRequest
+from openmint.models import dense
+from openmint.models.model import Model
+from openmint.models.weights import Weights
+from openmint.types import BaseInfo, Digest
+
+FAMILIES = {name: dense.DenseModel for name in dense.ARCHITECTURES}
+"""Architecture names of config.json, and who computes them. A new family adds its line here."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_model(
+    name: str, directory: Path, digest: Digest, config: WorkerConfig
+) -> tuple[Model, BaseInfo]:
+    """The base in `directory`, resident on the configured device, and what to tell others of it.
+
+    Raises InvalidRequest for an architecture, dtype or layout that is not supported.
+    """
+    if config.dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise InvalidRequest(f"worker.dtype {config.dtype!r} is not supported; supported: {known}")
+    if not (directory / "config.json").is_file():
+        raise InvalidRequest(f"{directory} holds no config.json; --base wants a Hugging Face folder")
+    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    architecture = (hf_config.architectures or ["unknown"])[0]
+    if architecture not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise InvalidRequest(f"architecture {architecture!r} is not supported; supported: {known}")
+    device = torch.device(config.device)
+    model = FAMILIES[architecture](hf_config, Weights(directory, DTYPES[config.dtype], device))
+    num_params = sum(t.num_in * t.num_out for t in model.targets)
+    info = BaseInfo(
+        name=name,
+        digest=digest,
+        architecture=architecture,
+        directory=str(directory),
+        dtype=config.dtype,
+        device=config.device,
+        vocab_size=hf_config.vocab_size,
+        context_length=hf_config.max_position_embeddings,
+        eos_token_ids=_eos_token_ids(directory, hf_config),
+        num_params=num_params,
+        weight_bytes=num_params * DTYPES[config.dtype].itemsize,
+        max_rank=config.max_rank,
+        targets=model.targets,
+    )
+    return model, info
+
+
+def _eos_token_ids(directory: Path, config: PretrainedConfig) -> tuple[int, ...]:
+    """Ids that end a completion: the generation config's, else the model config's."""
+    eos = config.eos_token_id
+    if (directory / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        eos = generation.eos_token_id if generation.eos_token_id is not None else eos
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -1,0 +1,49 @@
+"""What the engine asks of an architecture family: one packed forward for all its uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from openmint.layers.adapters import AdapterBatch
+from openmint.layers.attention import Attention
+from openmint.layers.linear import LoraLinear
+from openmint.types import TargetModule
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything about a batch but its tokens: who sees whom, and which adapter serves whom."""
+
+    attention: Attention
+    adapters: AdapterBatch | None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one token leaves in the KV cache of each layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Model(Protocol):
+    """A resident base. Shapes: T packed tokens, D hidden size, V vocabulary."""
+
+    head: LoraLinear
+    """Hidden states to logits; the trainer drives it in chunks, so that T x V never exists."""
+    cache_shape: CacheShape
+    window: int | None
+    """Sliding-window length of attention, None when every token sees all earlier ones."""
+
+    @property
+    def targets(self) -> tuple[TargetModule, ...]:
+        """Modules that adapters may change, in the fixed order of the flat adapter layout."""
+        ...
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: Batch) -> Tensor:
+        """Final hidden states `[T, D]`, after the last norm; differentiable when grad is enabled."""
+        ...

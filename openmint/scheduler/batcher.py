@@ -1,0 +1,149 @@
+"""Which tokens of which sequences the next sampling step computes: continuous batching.
+
+Owns the sequences and the page book; knows neither torch nor where adapters come from. A revision
+must be resident before its sequences are admitted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from openmint.engine.plan import Chunk, ChunkOutcome, SampleBatch
+from openmint.scheduler.fairness import TenantClock
+from openmint.scheduler.pages import PagePool, page_keys
+from openmint.scheduler.sequences import DecodeText, Sequence
+from openmint.types import Digest
+
+IsResident = Callable[[Digest], bool]
+
+
+class Batcher:
+    """Waiting and running sequences. Running ones decode first; prefill fills what is left."""
+
+    def __init__(
+        self, num_pages: int, page_tokens: int, step_tokens: int, max_running: int, decode: DecodeText
+    ) -> None:
+        self.pool = PagePool(num_pages)
+        self.page_tokens = page_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._step_tokens, self._max_running, self._decode = step_tokens, max_running, decode
+        self._stops: dict[int, int] = {}
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Longest sequence that the pages can hold at all."""
+        return self.pool.num_pages * self.page_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.keys = page_keys(sequence.revision, sequence.tokens, self.page_tokens)
+        self.waiting.append(sequence)
+
+    def plan(self, is_resident: IsResident, fairness: TenantClock) -> SampleBatch | None:
+        """The next step, or None when nothing can run. Call `finish` with its outcomes."""
+        budget, chunks = self._step_tokens, list[Chunk]()
+        started: set[bytes] = set()
+        for sequence in list(self.running):
+            if budget and sequence in self.running and self._grow(sequence):
+                chunks.append(self._chunk(sequence, budget))
+                budget -= len(chunks[-1].tokens_N)
+                started.update(self._pending_key(sequence))
+        chunks = [chunk for chunk in chunks if self._is_running(chunk)]
+        for sequence in fairness.in_order(self.waiting):
+            if not budget or len(self.running) >= self._max_running:
+                break
+            if sequence.revision is not None and not is_resident(sequence.revision):
+                continue
+            if started & self._pending_key(sequence):
+                continue  # its prefix is being computed in this very step; share it in the next
+            if not self._admit(sequence):
+                break
+            chunks.append(self._chunk(sequence, budget))
+            budget -= len(chunks[-1].tokens_N)
+            started.update(self._pending_key(sequence))
+        self._stops = {c.sequence_id: c.start + len(c.tokens_N) for c in chunks}
+        return SampleBatch(tuple(chunks)) if chunks else None
+
+    def finish(self, outcomes: list[ChunkOutcome]) -> list[tuple[Sequence, ChunkOutcome]]:
+        """Absorb a step. Returns each sequence that ran; those with a `stop_reason` are done and
+        their pages free."""
+        by_id = {sequence.sequence_id: sequence for sequence in self.running}
+        ran = []
+        for outcome in outcomes:
+            sequence = by_id[outcome.sequence_id]
+            sequence.absorb(outcome, self._stops[outcome.sequence_id], self._decode)
+            self._offer_full_pages(sequence)
+            ran.append((sequence, outcome))
+            if sequence.stop_reason is not None:
+                self.remove(sequence)
+        return ran
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished or cancelled sequence; its pages are free."""
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        return sequence.chunk(min(len(sequence.tokens), sequence.num_computed + budget))
+
+    def _is_running(self, chunk: Chunk) -> bool:
+        return any(sequence.sequence_id == chunk.sequence_id for sequence in self.running)
+
+    def _pending_key(self, sequence: Sequence) -> set[bytes]:
+        """The key of the first full page that this sequence has still to compute."""
+        index = sequence.num_computed // self.page_tokens
+        if not sequence.pages and not sequence.wants_scores:
+            index = len(self.pool.match(sequence.keys))
+        # The last page of a prompt that ends with it is computed for its logits anyway.
+        return {sequence.keys[index]} if index < len(sequence.keys) else set()
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move a waiting sequence to running if its pages fit."""
+        cached = [] if sequence.wants_scores else self.pool.match(sequence.keys)
+        # At least one token must be computed, as its logits are wanted.
+        cached = cached[: (len(sequence.tokens) - 1) // self.page_tokens]
+        total = -(-len(sequence.tokens) // self.page_tokens)
+        self.pool.share(cached)
+        # One page of slack lets the running ones take their next token.
+        if self.pool.num_free < total - len(cached) + (1 if self.running else 0):
+            self.pool.release(cached)
+            return False
+        sequence.pages = cached + [self.pool.take() for _ in range(total - len(cached))]
+        sequence.num_computed = len(cached) * self.page_tokens
+        sequence.num_cached = max(sequence.num_cached, sequence.num_computed)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the newest token, preempting the youngest when pages run out."""
+        while len(sequence.pages) * self.page_tokens < len(sequence.tokens):
+            if self.pool.num_free:
+                sequence.pages.append(self.pool.take())
+            elif not self._preempt() or sequence not in self.running:
+                return False
+        return True
+
+    def _preempt(self) -> bool:
+        """Send the youngest running sequence back to wait; it will recompute from its tokens."""
+        if len(self.running) < 2:
+            return False
+        youngest = self.running.pop()
+        self.pool.release(youngest.pages)
+        youngest.pages, youngest.num_computed = [], 0
+        youngest.keys = page_keys(youngest.revision, youngest.tokens, self.page_tokens)
+        self.waiting.appendleft(youngest)
+        self.num_preemptions += 1
+        return True
+
+    def _offer_full_pages(self, sequence: Sequence) -> None:
+        """Full prompt pages are offered for sharing."""
+        num_full = min(sequence.num_computed // self.page_tokens, len(sequence.keys))
+        for page, key in zip(sequence.pages[:num_full], sequence.keys[:num_full], strict=True):
+            self.pool.remember(page, key)

@@ -1,0 +1,528 @@
+"""The worker's mind: takes commands in, decides each engine step, sends results out.
+
+Single-threaded. Knows no torch: the engine is a protocol, adapter weights are opaque. Reading and
+writing of the store happens in the background; its ends come back through `post` to this thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import structlog
+
+from openmint.config import WorkerConfig
+from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
+from openmint.errors import EngineFailed, InvalidRequest, OpenMintError
+from openmint.residency.table import SlotTable
+from openmint.scheduler.batcher import Batcher
+from openmint.scheduler.fairness import PhaseClock, TenantClock
+from openmint.scheduler.lanes import Entry, Lanes
+from openmint.scheduler.sequences import DecodeText, Sequence
+from openmint.scheduler.work import (
+    Cancel,
+    CreateRun,
+    Delta,
+    Done,
+    DropRun,
+    ExportRun,
+    Failed,
+    OptimResult,
+    OptimWork,
+    RestoreRun,
+    Result,
+    RunState,
+    SampleDelta,
+    SampleResult,
+    SampleWork,
+    SavedBlob,
+    SaveRun,
+    Submit,
+    ToGateway,
+    TrainResult,
+    TrainWork,
+    WorkerStats,
+)
+from openmint.types import (
+    AdamParams,
+    BaseInfo,
+    Datum,
+    Digest,
+    FloatArray,
+    LoraSpec,
+    LossSpec,
+    RunId,
+    Tenant,
+    TopLogprobs,
+)
+
+log = structlog.get_logger(__name__)
+
+
+class Weights(Protocol):
+    """Adapter weights as the scheduler sees them: something with a shape and a size."""
+
+    @property
+    def spec(self) -> LoraSpec: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Snapshot(Protocol):
+    """A training state at one moment."""
+
+    @property
+    def spec(self) -> LoraSpec: ...
+    @property
+    def num_optim_steps(self) -> int: ...
+
+
+class EngineProtocol(Protocol):
+    """What the scheduler asks of the engine; `engine.engine.Engine` is the real one."""
+
+    base: BaseInfo
+    num_pages: int
+
+    @property
+    def num_runs(self) -> int: ...
+    @property
+    def training_bytes(self) -> int: ...
+    def create_run(self, run_id: RunId, spec: LoraSpec, seed: int) -> int: ...
+    def restore_run(self, run_id: RunId, snapshot: Any) -> int: ...
+    def drop_run(self, run_id: RunId) -> None: ...
+    def snapshot_run(self, run_id: RunId) -> Snapshot: ...
+    def export_run(self, run_id: RunId) -> tuple[Weights, int]: ...
+    def optim_step(self, run_id: RunId, adam: AdamParams) -> tuple[float, int]: ...
+    def open_train(
+        self,
+        work_id: int,
+        run_id: RunId,
+        data: tuple[Datum, ...],
+        loss: LossSpec,
+        forward_only: bool,
+    ) -> None: ...
+    def train(self, micro_batch: MicroBatch) -> None: ...
+    def close_train(self, work_id: int) -> tuple[tuple[FloatArray, ...], dict[str, float]]: ...
+    def abandon_train(self, work_id: int) -> None: ...
+    def attach(self, revision: Digest, weights: Any) -> None: ...
+    def detach(self, revision: Digest) -> None: ...
+    def sample(self, batch: SampleBatch) -> list[ChunkOutcome]: ...
+
+
+class Archive(Protocol):
+    """Adapter bytes in and out of the store; called on background threads."""
+
+    def save_revision(self, weights: Any) -> tuple[Digest, int]: ...
+    def load_revision(self, revision: Digest) -> Weights: ...
+    def save_training(self, snapshot: Any) -> tuple[Digest, int]: ...
+    def load_training(self, digest: Digest) -> Snapshot: ...
+    def load_as_training(self, revision: Digest) -> Snapshot: ...
+
+
+Background = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]
+"""`background(job, then)`: run `job` elsewhere, then call `then(value, error)` on this thread."""
+
+
+@dataclass(eq=False)
+class Sampling:
+    """A sample work in progress."""
+
+    work_id: int
+    work: SampleWork
+    unfinished: list[Sequence]
+    sequences: list[Sequence]
+    ran: set[Digest | None] = field(default_factory=set)
+
+
+class Scheduler:
+    def __init__(
+        self,
+        engine: EngineProtocol,
+        archive: Archive,
+        config: WorkerConfig,
+        decode: DecodeText,
+        send: Callable[[ToGateway], None],
+        background: Background,
+    ) -> None:
+        self._engine, self._archive, self._send = engine, archive, send
+        self._background = background
+        self._micro_batch_tokens = config.micro_batch_tokens
+        self._lanes = Lanes()
+        self._batcher = Batcher(
+            engine.num_pages, config.page_tokens, config.step_tokens, config.running_sequences, decode
+        )
+        self._slots = SlotTable(config.serving_bytes)
+        self._loading: set[Digest] = set()
+        self._landed: dict[Digest, Weights] = {}
+        self._sampling: dict[int, Sampling] = {}
+        self._next_sequence_id = 0
+        self._tenants, self._phases = TenantClock(), PhaseClock()
+        self._num_background = 0
+        self._counters = dict.fromkeys(
+            ("prompt", "cached", "generated", "trained", "optim", "loads", "evictions"), 0
+        )
+
+    # -- commands in ------------------------------------------------------------------------------
+
+    def submit(self, message: Submit) -> None:
+        """Queue a command. Errors that are known at once are answered at once."""
+        command = message.command
+        self._tenants.arrive(command.tenant, self._busy_tenants())
+        try:
+            if isinstance(command, SampleWork):
+                self._submit_sample(message.work_id, command)
+            else:
+                self._lanes.add(Entry(message.work_id, command))
+        except OpenMintError as error:
+            self._send(Failed(message.work_id, error))
+
+    def cancel(self, message: Cancel) -> None:
+        """Stop a sample work and free its pages. Unknown or finished ones are fine."""
+        if (sampling := self._sampling.get(message.work_id)) is not None:
+            self._end_sampling(sampling)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing queued, running or in the background."""
+        return not self._sampling and not any(True for _ in self._lanes) and not self._num_background
+
+    def _busy_tenants(self) -> list[Tenant]:
+        training = [entry.tenant for entry in self._lanes]
+        return training + [sampling.work.tenant for sampling in self._sampling.values()]
+
+    def _submit_sample(self, work_id: int, work: SampleWork) -> None:
+        num_tokens = len(work.prompt_T) + work.params.max_tokens
+        limit = min(self._engine.base.context_length, self._batcher.capacity_tokens)
+        if num_tokens > limit:
+            raise InvalidRequest(
+                f"prompt of {len(work.prompt_T)} and max_tokens {work.params.max_tokens} make "
+                f"{num_tokens} tokens; this worker holds {limit}. Shorten one of them"
+            )
+        sampling = Sampling(work_id, work, [], [])
+        for index in range(work.num_samples):
+            self._next_sequence_id += 1
+            tokens = [int(token) for token in work.prompt_T]
+            sequence = Sequence(self._next_sequence_id, work_id, index, work, tokens, len(tokens))
+            sampling.sequences.append(sequence)
+            sampling.unfinished.append(sequence)
+            self._batcher.add(sequence)
+        self._sampling[work_id] = sampling
+        self._counters["prompt"] += len(work.prompt_T)
+        if work.revision is not None:
+            self._slots.pin(work.revision)
+            self._want(work.revision)
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Do the next piece of work. False when there is none until a message or a load arrives."""
+        self._land()
+        if (entry := self._lanes.next_control()) is not None:
+            self._control(entry)
+            return True
+        trainable = bool(self._lanes.trainable())
+        if trainable and (self._phases.prefers_training() or not self._sampling):
+            self._train()
+            return True
+        plan = self._batcher.plan(self._slots.__contains__, self._tenants)
+        if plan is not None:
+            self._sample(plan, trainable)
+            return True
+        if trainable:
+            self._train()
+        return trainable
+
+    def _train(self) -> None:
+        started = time.monotonic()
+        plan, entries = self._lanes.plan(self._micro_batch_tokens, self._tenants)
+        try:
+            for entry in entries:
+                self._open(entry)
+            self._engine.train(plan)
+        except Exception as error:  # a step's edge: everyone in it must hear
+            for entry in entries:
+                self._engine.abandon_train(entry.work_id)
+                self._finish_entry(entry, _as_known(error))
+            return
+        finally:
+            seconds = time.monotonic() - started
+            self._phases.charge_training(seconds, bool(self._sampling))
+        by_id = {entry.work_id: entry for entry in entries}
+        for item in plan.items:
+            entry = by_id[item.work_id]
+            entry.num_unfinished -= 1
+            self._tenants.charge(entry.tenant, entry.tokens_of(item.datum_index))
+        self._counters["trained"] += plan.num_tokens
+        for entry in entries:
+            if not entry.num_unfinished:
+                self._close(entry)
+
+    def _open(self, entry: Entry) -> None:
+        command = entry.command
+        if entry.is_open or not isinstance(command, TrainWork):
+            return
+        run = (command.run_id, command.data, command.loss, command.forward_only)
+        self._engine.open_train(entry.work_id, *run)
+        entry.is_open = True
+
+    def _close(self, entry: Entry) -> None:
+        try:
+            logprobs, metrics = self._engine.close_train(entry.work_id)
+        except InvalidRequest as error:
+            self._finish_entry(entry, error)
+        else:
+            self._finish_entry(entry, TrainResult(logprobs, metrics))
+
+    def _sample(self, plan: SampleBatch, training_waits: bool) -> None:
+        started = time.monotonic()
+        try:
+            outcomes = self._engine.sample(plan)
+        except Exception as error:  # a step's edge: everyone in it must hear
+            for work_id in {s.work_id for s in self._batcher.running}:
+                self._fail_sampling(self._sampling[work_id], _as_known(error))
+            return
+        self._phases.charge_serving(time.monotonic() - started, training_waits)
+        for chunk in plan.chunks:
+            self._slots_used(chunk.revision)
+        for sequence, outcome in self._batcher.finish(outcomes):
+            self._advance(sequence, outcome)
+
+    def _slots_used(self, revision: Digest | None) -> None:
+        if revision is not None:
+            self._slots.touch(revision)
+
+    def _advance(self, sequence: Sequence, outcome: ChunkOutcome) -> None:
+        sampling = self._sampling.get(sequence.work_id)
+        if sampling is None:
+            return  # it failed earlier in this very step
+        sampling.ran.add(outcome.revision)
+        if outcome.revision != sampling.work.revision:
+            wrong = f"slot held {outcome.revision}, the request was for {sampling.work.revision}"
+            self._fail_sampling(sampling, EngineFailed(f"wrong adapter: {wrong}; nothing returned"))
+            return
+        if outcome.token is None:
+            return
+        self._tenants.charge(sampling.work.tenant, 1)
+        self._counters["generated"] += 1
+        if sampling.work.stream:
+            index, token = sequence.sample_index, (outcome.token,)
+            delta = SampleDelta(index, token, (outcome.logprob,), outcome.top)
+            self._send(Delta(sampling.work_id, delta))
+        if sequence.stop_reason is not None:
+            sampling.unfinished.remove(sequence)
+            self._counters["cached"] += sequence.num_cached
+            if not sampling.unfinished:
+                self._send(Done(sampling.work_id, self._sample_result(sampling)))
+                self._end_sampling(sampling)
+
+    def _sample_result(self, sampling: Sampling) -> SampleResult:
+        work, first = sampling.work, sampling.sequences[0]
+        (revision,) = sampling.ran
+        logprobs = [scored.logprobs_N for scored in first.scored]
+        tops = [scored.top for scored in first.scored if scored.top is not None]
+        found = [s.candidates_NK for s in first.scored if s.candidates_NK is not None]
+        wanted = work.target_prompt_logprobs_NK
+        return SampleResult(
+            sequences=tuple(sequence.result() for sequence in sampling.sequences),
+            revision=revision,
+            base=self._engine.base.digest,
+            prompt_logprobs_T=_prompt_logprobs(logprobs) if work.prompt_logprobs else None,
+            topk_prompt_logprobs=_prompt_tops(tops, work.topk_prompt_logprobs),
+            target_prompt_logprobs_NK=None if wanted is None else np.concatenate(found),
+            num_cached_tokens=first.num_cached,
+        )
+
+    def _end_sampling(self, sampling: Sampling) -> None:
+        """Forget a work: its sequences, their pages, its pin."""
+        del self._sampling[sampling.work_id]
+        for sequence in sampling.unfinished:
+            if sequence.stop_reason is None:
+                self._batcher.remove(sequence)
+        if sampling.work.revision is not None:
+            self._slots.unpin(sampling.work.revision)
+
+    def _fail_sampling(self, sampling: Sampling, error: OpenMintError) -> None:
+        self._end_sampling(sampling)
+        self._send(Failed(sampling.work_id, error))
+
+    # -- commands of a run other than training -----------------------------------------------------
+
+    def _control(self, entry: Entry) -> None:
+        try:
+            self._run_control(entry)
+        except OpenMintError as error:
+            self._finish_entry(entry, error)
+
+    def _run_control(self, entry: Entry) -> None:
+        engine, archive = self._engine, self._archive
+        match entry.command:
+            case CreateRun(run_id, _, spec, seed):
+                num_params = engine.create_run(run_id, spec, seed)
+                self._finish_entry(entry, RunState(spec, num_params, 0))
+            case DropRun(run_id):
+                engine.drop_run(run_id)
+                self._finish_entry(entry, None)
+            case OptimWork(run_id, _, adam):
+                grad_norm, num_steps = engine.optim_step(run_id, adam)
+                self._counters["optim"] += 1
+                self._finish_entry(entry, OptimResult({"grad_norm:max": grad_norm}, num_steps))
+            case SaveRun(run_id):
+                snapshot = engine.snapshot_run(run_id)
+                steps = snapshot.num_optim_steps
+                self._save(entry, lambda: archive.save_training(snapshot), snapshot.spec, steps)
+            case ExportRun(run_id, _, keep_resident):
+                weights, steps = engine.export_run(run_id)
+                keep = weights if keep_resident else None
+                self._save(entry, lambda: archive.save_revision(weights), weights.spec, steps, keep)
+            case RestoreRun():
+                self._restore(entry, entry.command)
+
+    def _save(
+        self,
+        entry: Entry,
+        job: Callable[[], tuple[Digest, int]],
+        spec: LoraSpec,
+        num_optim_steps: int,
+        keep: Weights | None = None,
+    ) -> None:
+        """Write in the background what was captured here; the lane goes on meanwhile."""
+        self._lanes.remove(entry)
+
+        def saved(value: Any, error: Exception | None) -> None:
+            if error is not None:
+                self._answer(entry.work_id, _as_known(error))
+                return
+            digest, size_bytes = value
+            if keep is not None and digest not in self._slots:
+                self._landed[digest] = keep
+                self._land()
+            self._answer(entry.work_id, SavedBlob(digest, size_bytes, spec, num_optim_steps))
+
+        self._in_background(job, saved)
+
+    def _restore(self, entry: Entry, command: RestoreRun) -> None:
+        """Read in the background; the lane waits, as its next commands mean the restored state."""
+        entry.is_open = True
+        digest, archive = command.digest, self._archive
+        load = archive.load_training if command.kind == "training" else archive.load_as_training
+
+        def loaded(snapshot: Any, error: Exception | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                if not command.optimizer:
+                    snapshot = snapshot.weights_only()
+                num_params = self._engine.restore_run(command.run_id, snapshot)
+            except Exception as failure:  # a task's edge
+                self._finish_entry(entry, _as_known(failure))
+            else:
+                steps = snapshot.num_optim_steps
+                self._finish_entry(entry, RunState(snapshot.spec, num_params, steps))
+
+        self._in_background(lambda: load(digest), loaded)
+
+    def _finish_entry(self, entry: Entry, result: Result | OpenMintError) -> None:
+        self._lanes.remove(entry)
+        self._answer(entry.work_id, result)
+
+    def _answer(self, work_id: int, result: Result | OpenMintError) -> None:
+        failed = isinstance(result, OpenMintError)
+        self._send(Failed(work_id, result) if failed else Done(work_id, result))  # type: ignore[arg-type]
+
+    # -- residency --------------------------------------------------------------------------------
+
+    def _want(self, revision: Digest) -> None:
+        """Start one load of a revision that is neither resident nor on its way."""
+        if revision in self._slots or revision in self._loading or revision in self._landed:
+            return
+        self._loading.add(revision)
+
+        def loaded(weights: Any, error: Exception | None) -> None:
+            self._loading.discard(revision)
+            if error is None:
+                self._counters["loads"] += 1
+                self._landed[revision] = weights
+                return
+            waiting = [s for s in self._sampling.values() if s.work.revision == revision]
+            for sampling in waiting:
+                self._fail_sampling(sampling, _as_known(error))
+
+        self._in_background(lambda: self._archive.load_revision(revision), loaded)
+
+    def _land(self) -> None:
+        """Give slots to loaded revisions, as far as pinned ones leave room."""
+        for revision, weights in list(self._landed.items()):
+            leaving = self._slots.room_for(weights.num_bytes)
+            if leaving is None:
+                continue
+            for old in leaving:
+                self._slots.evict(old)
+                self._engine.detach(old)
+                self._counters["evictions"] += 1
+            self._slots.admit(revision, weights.num_bytes)
+            self._engine.attach(revision, weights)
+            del self._landed[revision]
+
+    def _in_background(
+        self, job: Callable[[], Any], then: Callable[[Any, Exception | None], None]
+    ) -> None:
+        self._num_background += 1
+
+        def ended(value: Any, error: Exception | None) -> None:
+            self._num_background -= 1
+            then(value, error)
+
+        self._background(job, ended)
+
+    # -- gauges -----------------------------------------------------------------------------------
+
+    def stats(self) -> WorkerStats:
+        counters, pool = self._counters, self._batcher.pool
+        return WorkerStats(
+            num_running_sequences=len(self._batcher.running),
+            num_waiting_sequences=len(self._batcher.waiting),
+            num_waiting_train=sum(isinstance(e.command, TrainWork) for e in self._lanes),
+            num_training_runs=self._engine.num_runs,
+            num_resident_revisions=len(self._slots),
+            kv_pages_total=pool.num_pages,
+            kv_pages_used=pool.num_used,
+            training_bytes=self._engine.training_bytes,
+            serving_bytes=self._slots.used_bytes,
+            prompt_tokens=counters["prompt"],
+            cached_prompt_tokens=counters["cached"],
+            generated_tokens=counters["generated"],
+            trained_tokens=counters["trained"],
+            optim_steps=counters["optim"],
+            revision_loads=counters["loads"],
+            revision_evictions=counters["evictions"],
+            preemptions=self._batcher.num_preemptions,
+            train_seconds=self._phases.train_seconds,
+            serve_seconds=self._phases.serve_seconds,
+            resident_revisions=self._slots.resident,
+        )
+
+
+def _as_known(error: Exception) -> OpenMintError:
+    """Our own errors as they are; anything else is logged whole and told in one line."""
+    if isinstance(error, OpenMintError):
+        return error
+    log.error("step_failed", exc_info=error)
+    return EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
+
+
+def _prompt_logprobs(parts: list[FloatArray]) -> FloatArray:
+    return np.concatenate([np.array([np.nan], dtype=np.float32), *parts]).astype(np.float32)
+
+
+def _prompt_tops(parts: list[TopLogprobs], k: int) -> TopLogprobs | None:
+    """Row 0 is empty: nothing predicts the first token."""
+    if not k:
+        return None
+    ids = [np.zeros((1, k), dtype=np.int64), *(part.token_ids_NK for part in parts)]
+    logprobs = [np.full((1, k), -np.inf, dtype=np.float32), *(p.logprobs_NK for p in parts)]
+    return TopLogprobs(np.concatenate(ids), np.concatenate(logprobs))
+
+
