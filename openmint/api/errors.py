@@ -44,8 +44,13 @@ def status_of(error: errors.OpenMintError, path: str) -> int:
     return 422 if status == 409 and path.startswith("/api/v1") else status
 
 
-def error_response(path: str, status: int, code: str, message: str, request_id: str) -> Response:
-    """The answer in the dialect of `path`; always with a body and a Content-Length."""
+def error_response(
+    path: str, status: int, code: str, message: str, request_id: str, param: str | None = None
+) -> Response:
+    """The answer in the dialect of `path`; always with a body and a Content-Length.
+
+    `param` names the request field that is wrong, for the dialects that say so.
+    """
     headers = {"X-Request-Id": request_id}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -53,11 +58,8 @@ def error_response(path: str, status: int, code: str, message: str, request_id: 
         content: dict[str, object] = {"detail": message, "code": code, "request_id": request_id}
         return JSONResponse(content, status, headers)
     if path.startswith("/v1"):
-        kind = (
-            "server_error" if status >= 500 else OPENAI_TYPES.get(status, "invalid_request_error")
-        )
-        envelope = {"message": message, "type": kind, "code": code, "param": None}
-        return JSONResponse({"error": envelope, "request_id": request_id}, status, headers)
+        envelope = _openai_envelope(status, code, message, param)
+        return JSONResponse({**envelope, "request_id": request_id}, status, headers)
     content = {
         "type": f"urn:openmint:error:{code}",
         "title": code.replace("_", " "),
@@ -66,6 +68,17 @@ def error_response(path: str, status: int, code: str, message: str, request_id: 
         "request_id": request_id,
     }
     return JSONResponse(content, status, headers, media_type="application/problem+json")
+
+
+def openai_error(error: errors.OpenMintError) -> dict[str, object]:
+    """The OpenAI envelope of an error that ends a stream whose status has been sent."""
+    status = status_of(error, "/v1")
+    return _openai_envelope(status, error.code, error.message, getattr(error, "param", None))
+
+
+def _openai_envelope(status: int, code: str, message: str, param: str | None) -> dict[str, object]:
+    kind = "server_error" if status >= 500 else OPENAI_TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
 
 
 def request_id_of(request: Request) -> str:
@@ -84,7 +97,8 @@ async def _openmint_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.OpenMintError)
     path = request.url.path
     status = status_of(error, path)
-    response = error_response(path, status, error.code, error.message, request_id_of(request))
+    request_id, param = request_id_of(request), getattr(error, "param", None)
+    response = error_response(path, status, error.code, error.message, request_id, param)
     if isinstance(error, errors.Overloaded):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
     return response

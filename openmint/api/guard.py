@@ -23,6 +23,7 @@ log = structlog.get_logger("openmint.access")
 MAX_JSON_DEPTH = 64
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BRACKETS = re.compile(rb"[\[\]{}]")
+_BINARY = (b"protobuf", b"multipart", b"octet-stream")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/api/v1/healthz"})
 
 
@@ -86,9 +87,9 @@ class Guard:
             if not message.get("more_body"):
                 break
         body = b"".join(parts)
-        if b"protobuf" not in headers.get(b"content-type", b"") and json_depth_exceeds(
-            body, MAX_JSON_DEPTH
-        ):
+        content_type = headers.get(b"content-type", b"")
+        is_text = not any(kind in content_type for kind in _BINARY)
+        if is_text and json_depth_exceeds(body, MAX_JSON_DEPTH):
             raise InvalidRequest(f"the JSON body nests deeper than {MAX_JSON_DEPTH} levels")
         return body
 
