@@ -5,7 +5,7 @@ by the services, which know the base and the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,13 @@ PROTOBUF = "application/x-protobuf"
 
 @dataclass(frozen=True, slots=True)
 class TrainRequest:
-    """A decoded `forward_backward` or `forward`."""
+    """A `forward_backward` or `forward`: whose it is first, so that a bad one can be counted."""
 
     model_id: str
     seq_id: int | None
-    data: tuple[Datum, ...]
-    loss: LossSpec
     forward_only: bool
+    content: Callable[[], tuple[tuple[Datum, ...], LossSpec]]
+    """Decodes data and loss. Raises InvalidRequest."""
 
 
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
@@ -96,17 +96,16 @@ def _train_from_proto(body: bytes) -> TrainRequest:
         message = proto.ForwardBackwardRequest.FromString(body)
     except DecodeError:
         raise InvalidRequest("the body is not a ForwardBackwardRequest protobuf") from None
-    config: dict[str, float | str] = dict(message.loss_fn_config)
-    if message.loss_fn_config_v2:
-        config = {name: _config_value(value) for name, value in message.loss_fn_config_v2.items()}
-    unfolding = Unfolding()
-    return TrainRequest(
-        model_id=message.model_id,
-        seq_id=message.seq_id,
-        data=tuple(_datum_from_proto(d, i, unfolding) for i, d in enumerate(message.data)),
-        loss=_loss(message.loss_fn, config),
-        forward_only=message.forward_only,
-    )
+
+    def content() -> tuple[tuple[Datum, ...], LossSpec]:
+        config: dict[str, float | str] = dict(message.loss_fn_config)
+        newer = message.loss_fn_config_v2.items()
+        config.update({name: _config_value(value) for name, value in newer})
+        unfolding = Unfolding()
+        data = tuple(_datum_from_proto(d, i, unfolding) for i, d in enumerate(message.data))
+        return data, _loss(message.loss_fn, config)
+
+    return TrainRequest(message.model_id, message.seq_id, message.forward_only, content)
 
 
 def _train_from_json(body: bytes, forward_only: bool) -> TrainRequest:
@@ -114,14 +113,13 @@ def _train_from_json(body: bytes, forward_only: bool) -> TrainRequest:
     given = parsed.forward_backward_input or parsed.forward_input
     if given is None:
         raise InvalidRequest("body/forward_backward_input: this field is required")
-    unfolding = Unfolding()
-    return TrainRequest(
-        model_id=parsed.model_id,
-        seq_id=parsed.seq_id,
-        data=tuple(_datum_from_json(d, i, unfolding) for i, d in enumerate(given.data)),
-        loss=_loss(given.loss_fn, given.loss_fn_config or {}),
-        forward_only=forward_only,
-    )
+
+    def content() -> tuple[tuple[Datum, ...], LossSpec]:
+        unfolding = Unfolding()
+        data = tuple(_datum_from_json(d, i, unfolding) for i, d in enumerate(given.data))
+        return data, _loss(given.loss_fn, given.loss_fn_config or {})
+
+    return TrainRequest(parsed.model_id, parsed.seq_id, forward_only, content)
 
 
 def _datum_from_proto(message: Any, index: int, unfolding: Unfolding) -> Datum:

@@ -20,8 +20,9 @@ def json_body(inputs=None, chunks=None, **changes):
     return json.dumps({"model_id": "m", "seq_id": 1, "forward_backward_input": given}).encode()
 
 
-def train(body, **options):
-    return decode.train_request(body, "application/json", **options)
+def train(body):
+    (datum,), _ = decode.train_request(body, "application/json").content()
+    return datum
 
 
 def proto_body(**tensor):
@@ -33,14 +34,14 @@ def proto_body(**tensor):
 
 
 def test_json_wire_of_older_sdks_decodes():
-    request = train(json_body(), forward_only=True)
+    request = decode.train_request(json_body(), "application/json", forward_only=True)
     assert request.forward_only
-    assert request.data[0].inputs["target_tokens"].tolist() == [2, 3]
+    assert train(json_body()).inputs["target_tokens"].tolist() == [2, 3]
 
 
 def test_forward_input_is_read_too():
     body = json_body().replace(b"forward_backward_input", b"forward_input")
-    assert train(body).data[0].tokens_N.tolist() == [1, 2]
+    assert train(body).tokens_N.tolist() == [1, 2]
 
 
 def test_sparse_json_tensor_unfolds():
@@ -51,7 +52,7 @@ def test_sparse_json_tensor_unfolds():
         "sparse_crow_indices": [0, 1, 2],
         "sparse_col_indices": [2, 0],
     }
-    values = train(json_body({"target_tokens": tensor})).data[0].inputs["target_tokens"]
+    values = train(json_body({"target_tokens": tensor})).inputs["target_tokens"]
     assert values.tolist() == [[0, 0, 7], [8, 0, 0]]
 
 
@@ -89,7 +90,7 @@ def test_malformed_json_is_refused_by_name(body, says):
 )
 def test_malformed_proto_tensor_is_refused(tensor, says):
     with pytest.raises(InvalidRequest, match=says):
-        decode.train_request(proto_body(**tensor), decode.PROTOBUF)
+        decode.train_request(proto_body(**tensor), decode.PROTOBUF).content()
 
 
 def test_garbage_protobuf_is_refused():
@@ -102,7 +103,7 @@ def test_sparse_memory_bomb_is_refused_before_it_is_allocated():
     csr = {"values": b"", "crow_indices": crow, "col_indices": b""}
     body = proto_body(sparse_csr=csr, dtype=2, shape=[2, 1 << 40])
     with pytest.raises(InvalidRequest, match="unfold"):
-        decode.train_request(body, decode.PROTOBUF)
+        decode.train_request(body, decode.PROTOBUF).content()
 
 
 def test_zstd_body_unfolds_up_to_the_limit():

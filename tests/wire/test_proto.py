@@ -47,17 +47,19 @@ def test_every_field_has_the_number_and_type_of_the_sdk():
 def test_sdk_request_decodes():
     request = decoded(sdk_request())
     assert (request.model_id, request.seq_id, request.forward_only) == ("s:train:1", 7, False)
-    assert request.data[0].tokens_N.tolist() == [1, 2, 3]
-    assert request.data[0].inputs["target_tokens"].dtype == np.int64
-    assert request.data[0].inputs["weights"].tolist() == [0.0, 1.0, 0.5]
+    (datum,), loss = request.content()
+    assert loss.name == "cross_entropy"
+    assert datum.tokens_N.tolist() == [1, 2, 3]
+    assert datum.inputs["target_tokens"].dtype == np.int64
+    assert datum.inputs["weights"].tolist() == [0.0, 1.0, 0.5]
 
 
 def test_loss_config_of_the_newer_map_wins():
     message = proto.ForwardBackwardRequest(loss_fn="ppo")
     message.loss_fn_config["clip_low_threshold"] = 0.1
     message.loss_fn_config_v2["clip_low_threshold"].number = 0.7
-    request = decode.train_request(message.SerializeToString(), decode.PROTOBUF)
-    assert request.loss.config == {"clip_low_threshold": 0.7}
+    _, loss = decode.train_request(message.SerializeToString(), decode.PROTOBUF).content()
+    assert loss.config == {"clip_low_threshold": 0.7}
 
 
 def test_sdk_reads_our_training_output():
