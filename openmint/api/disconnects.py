@@ -37,7 +37,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events from an async generator, which is closed at once when the client leaves."""
+    """Server-sent events from an async generator, closed at once when the client leaves."""
 
     media_type = "text/event-stream"
 

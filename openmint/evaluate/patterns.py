@@ -87,7 +87,7 @@ def _skip_escape(pattern: str, at: int) -> int:
     escaped = pattern[at + 1 : at + 2]
     if escaped not in ESCAPES or not escaped:
         raise InvalidRequest(
-            f"pattern: escape \\{escaped} is not allowed; use \\d \\w \\s \\b or escaped punctuation"
+            f"pattern: escape \\{escaped} is not allowed; use \\d \\w \\s \\b or punctuation"
         )
     return at + 2
 

@@ -40,12 +40,10 @@ def is_right(scorer: ScorerName, completion: str, answer: str, choices: tuple[st
 
 def last_number(text: str) -> Decimal | None:
     """The last number written in `text`, thousands separators understood; None without one."""
-    found = None
-    for found in NUMBER.finditer(text):
-        pass
-    if found is None or len(found[0]) > MAX_NUMBER_CHARS:
+    numbers = [found[0] for found in NUMBER.finditer(text)]
+    if not numbers or len(numbers[-1]) > MAX_NUMBER_CHARS:
         return None
-    return Decimal(found[0].replace(",", "").replace("\u2212", "-"))
+    return Decimal(numbers[-1].replace(",", "").replace("\u2212", "-"))
 
 
 def last_choice(text: str, choices: tuple[str, ...]) -> str | None:

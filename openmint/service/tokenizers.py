@@ -89,7 +89,7 @@ class Tokenizer:
             raise InvalidRequest(f"the base's chat template refuses messages: {error}") from None
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> IntArray:
-        """Tokens of a conversation, ready for the assistant's turn; the template places specials."""
+        """Tokens of a conversation, ready for the assistant's turn."""
         text = self.render_chat(messages)
         return _ids(self._tokenizer.encode(text, add_special_tokens=False))
 

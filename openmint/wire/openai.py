@@ -26,7 +26,18 @@ LOWEST_LOGPROB = -9999.0
 Json = dict[str, Any]
 
 COMMON_FIELDS = frozenset(
-    "model n seed stop temperature top_p stream stream_options logprobs max_tokens".split()
+    {
+        "logprobs",
+        "max_tokens",
+        "model",
+        "n",
+        "seed",
+        "stop",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_p",
+    }
 )
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt"}
