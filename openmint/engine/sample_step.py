@@ -103,11 +103,12 @@ class Sampler:
             pages_SP[i, : len(used)] = used
         at_SL = starts_S[:, None] + np.minimum(steps_L, lengths_S[:, None] - 1)
         keys_K = np.arange(num_pages * page_tokens)
-        mask_SLK = keys_K <= at_SL[:, :, None]
+        sees_SLK = keys_K <= at_SL[:, :, None]
         if self._model.window is not None:
-            mask_SLK &= keys_K > at_SL[:, :, None] - self._model.window
-        tensors = (self._to(x) for x in (query_SL, real_SL, pages_SP, mask_SLK))
-        return PagedGroup(*tensors)
+            sees_SLK &= keys_K > at_SL[:, :, None] - self._model.window
+        tensors = [self._to(x) for x in (query_SL, real_SL, pages_SP, sees_SLK)]
+        shared = self._model.num_heads // self._model.cache_shape.num_kv_heads
+        return PagedGroup.of(*tensors, shared, self._cache.keys.dtype)
 
     def _draw(
         self, chunks: Sequence[Chunk], hidden_TD: Tensor, last_S: IntArray, slot_S: IntArray

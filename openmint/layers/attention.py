@@ -114,7 +114,17 @@ class PagedGroup:
     query_SL: Tensor
     real_SL: Tensor
     pages_SP: Tensor
-    mask_SLK: Tensor
+    mask_S1QK: Tensor
+    """What to add to scores, 0 or -inf; Q runs over the query heads that share a key head, then L."""
+
+    @staticmethod
+    def of(
+        query_SL: Tensor, real_SL: Tensor, pages_SP: Tensor, sees_SLK: Tensor, shared: int, dtype: torch.dtype
+    ) -> PagedGroup:
+        blocked = torch.zeros(sees_SLK.shape, dtype=dtype, device=sees_SLK.device)
+        blocked.masked_fill_(~sees_SLK, float("-inf"))
+        mask_S1QK = blocked[:, None].repeat(1, 1, shared, 1)
+        return PagedGroup(query_SL, real_SL, pages_SP, mask_S1QK)
 
 
 class PagedAttention:
@@ -145,7 +155,6 @@ def _attend_pages(group: PagedGroup, q_SLHD: Tensor, keys: Tensor, values: Tenso
     v_SGKD = values[group.pages_SP].flatten(1, 2).transpose(1, 2)
     # The query heads that share a key head become extra queries, so keys are never repeated.
     q_SGQD = q_SLHD.view(num_seqs, width, num_kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
-    mask_S1QK = group.mask_SLK[:, None].repeat(1, 1, shared, 1)
-    out = F.scaled_dot_product_attention(q_SGQD.flatten(2, 3), k_SGKD, v_SGKD, mask_S1QK)
+    out = F.scaled_dot_product_attention(q_SGQD.flatten(2, 3), k_SGKD, v_SGKD, group.mask_S1QK)
     out = out.view(num_seqs, num_kv_heads, shared, width, head_dim).permute(0, 3, 1, 2, 4)
     return out.reshape(num_seqs, width, num_heads, head_dim)

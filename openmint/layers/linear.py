@@ -16,6 +16,21 @@ from openmint.layers.adapters import AdapterBatch, LoraDelta
 from openmint.types import TargetGroup, TargetModule
 
 
+PACKED_ROWS = 128
+"""Up to so many rows a pre-packed weight is faster (1.3x at 32, 2x at 1 on AVX512-BF16); beyond,
+packing is a small share of the work anyway."""
+
+
+def _pack(weight_OI: Tensor) -> Tensor | None:
+    """The weight in oneDNN's own layout, on CPUs in bf16; None elsewhere."""
+    if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.bfloat16:
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 1)
+    return packed
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Columns `start:stop` of a fused layer, which are one target module of the checkpoint."""
@@ -37,11 +52,22 @@ class LoraLinear:
         self.weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
         biases = [bias for _, _, bias in parts if bias is not None]
         self.bias_O = torch.cat(biases) if biases else None
+        self._packed = _pack(self.weight_OI)
         self.parts: list[Part] = []
         start = 0
         for path, weight, _ in parts:
             self.parts.append(Part(path, start, start + weight.shape[0]))
             start += weight.shape[0]
+
+    def base(self, x_TI: Tensor) -> Tensor:
+        """The frozen layer alone, without a graph."""
+        if self._packed is None or x_TI.shape[0] > PACKED_ROWS:
+            return F.linear(x_TI, self.weight_OI, self.bias_O)
+        # The op behind torch.compile's frozen bf16 linears: the weight is laid out once for oneDNN.
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x_TI, self._packed, self.bias_O, "none", [], ""
+        )
+        return out
 
     @property
     def targets(self) -> list[TargetModule]:
@@ -50,7 +76,9 @@ class LoraLinear:
 
     def __call__(self, x_TI: Tensor, adapters: AdapterBatch | None) -> Tensor:
         if adapters is None:
-            return F.linear(x_TI, self.weight_OI, self.bias_O)
+            if x_TI.requires_grad:
+                return F.linear(x_TI, self.weight_OI, self.bias_O)
+            return self.base(x_TI)
         if x_TI.requires_grad:
             out: Tensor = _TrainedLinear.apply(x_TI, self, adapters)  # type: ignore[no-untyped-call]
             return out
@@ -64,7 +92,7 @@ class LoraLinear:
         self, x_TI: Tensor, deltas: list[tuple[Part, LoraDelta]]
     ) -> tuple[Tensor, list[Tensor]]:
         """`y_TO` and each part's `h_TR`, which the backward pass wants again."""
-        y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
+        y_TO = self.base(x_TI)
         hidden = []
         for part, delta in deltas:
             h_TR = delta.select(F.linear(x_TI, delta.a_RI))

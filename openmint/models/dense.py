@@ -66,8 +66,9 @@ class DenseLayer:
         if self.q_norm_D is not None and self.k_norm_D is not None:
             q_THD = rms_norm(q_THD, self.q_norm_D, self.eps)
             k_TGD = rms_norm(k_TGD, self.k_norm_D, self.eps)
-        q_THD, k_TGD = rotate(q_THD, cos, sin), rotate(k_TGD, cos, sin)
-        mixed_TD = batch.attention.attend(self.index, q_THD, k_TGD, v_TGD)
+        mixed_TD = batch.attention.attend(
+            self.index, rotate(q_THD, cos, sin), rotate(k_TGD, cos, sin), v_TGD
+        )
         return self.out(mixed_TD, batch.adapters)
 
 
@@ -82,6 +83,7 @@ class DenseModel:
         head_VD = self.embedding_VD if config.tie_word_embeddings else weights["lm_head.weight"]
         self.head = LoraLinear("unembed", [("lm_head", head_VD, None)])
         self.eps = config.rms_norm_eps
+        self.num_heads = config.num_attention_heads
         self.window = _window(config)
         self.rotary = Rotary(config, _head_dim(config), str(self.embedding_VD.device))
         self.cache_shape = CacheShape(

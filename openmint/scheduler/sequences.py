@@ -10,7 +10,7 @@ import numpy as np
 from openmint.engine.plan import Chunk, ChunkOutcome, Draw, PromptScored, PromptScores
 from openmint.scheduler.pages import PageKey
 from openmint.scheduler.work import SampleWork
-from openmint.types import Digest, IntArray, SampledSequence, TopLogprobs
+from openmint.types import Digest, IntArray, SampledSequence, Tenant, TopLogprobs
 
 DecodeText = Callable[[list[int]], str]
 
@@ -37,6 +37,10 @@ class Sequence:
     tops: list[TopLogprobs] = field(default_factory=list)
     scored: list[PromptScored] = field(default_factory=list)
     stop_reason: str | None = None
+
+    @property
+    def tenant(self) -> Tenant:
+        return self.work.tenant
 
     @property
     def revision(self) -> Digest | None:

@@ -1,0 +1,102 @@
+"""Reading a safetensors file's header without trusting it.
+
+Format: u64 header length, JSON header, tensor bytes end to end. The parser caps the header before it
+looks at it, and refuses what the reference parser lets through: duplicate keys, empty tensors, odd
+names, gaps and overlaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from openmint.errors import InvalidRequest, UnsupportedFormat
+
+MAX_HEADER_BYTES = 4 * 1024 * 1024
+MAX_TENSORS = 50_000
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,254}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor: its bytes are `data[start:stop]` of the whole file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorEntry]
+
+
+def read_header(data: bytes) -> Header:
+    """Metadata and tensor entries. Raises UnsupportedFormat for pickles and archives,
+    InvalidRequest for anything else that is not a sound safetensors file of float tensors."""
+    if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b"):
+        raise UnsupportedFormat(
+            "these bytes are a pickle or an archive; only safetensors is read here. Save the "
+            "adapter with save_pretrained(..., safe_serialization=True)"
+        )
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > MAX_HEADER_BYTES or 8 + length > len(data):
+        limit = MAX_HEADER_BYTES
+        raise InvalidRequest(f"not safetensors: header of {length} bytes (limit {limit}) in {len(data)}")
+    raw = _parse(data[8 : 8 + length])
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InvalidRequest("safetensors __metadata__ must map names to strings")
+    if len(raw) > MAX_TENSORS:
+        raise InvalidRequest(f"safetensors file of {len(raw)} tensors; the limit is {MAX_TENSORS}")
+    tensors = {name: _entry(name, value, 8 + length) for name, value in raw.items()}
+    position = 8 + length
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].start):
+        if entry.start != position:
+            raise InvalidRequest(f"safetensors tensor {name!r} leaves a gap or overlaps another")
+        position = entry.stop
+    if position != len(data):
+        raise InvalidRequest(f"safetensors file has {len(data)} bytes, its tensors end at {position}")
+    return Header(metadata, tensors)
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        raw = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"safetensors header is not sound JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise InvalidRequest("safetensors header is not a JSON object")
+    return raw
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _entry(name: str, value: Any, base: int) -> TensorEntry:
+    if not NAME.fullmatch(name):
+        raise InvalidRequest(f"safetensors tensor name {name[:60]!r} has characters we don't admit")
+    try:
+        dtype, shape = str(value["dtype"]), tuple(value["shape"])
+        start, stop = value["data_offsets"]
+        sound = all(type(x) is int and 0 <= x < 2**40 for x in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound or dtype not in ITEM_BYTES:
+        known = ", ".join(ITEM_BYTES)
+        raise InvalidRequest(f"safetensors tensor {name!r} has an unsound entry; dtypes: {known}")
+    size = math.prod(shape) * ITEM_BYTES[dtype]
+    if not size or stop - start != size:
+        raise InvalidRequest(f"safetensors tensor {name!r}: {stop - start} bytes for shape {shape}")
+    return TensorEntry(dtype, shape, base + start, base + stop)
