@@ -1,0 +1,281 @@
+"""Aliases: movable names of revisions. A move is one transaction: row, event, audit.
+
+The history of an alias is a stack. Setting and promoting push; a rollback goes back to what lay
+below, so that rolling back twice does not return to what was rolled back first.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, select, update
+
+from openmint.catalog import tables as t
+from openmint.catalog.address import PolicyAddress
+from openmint.catalog.audit import note_event
+from openmint.catalog.database import Database, now
+from openmint.catalog.policies import find_policy
+from openmint.catalog.records import (
+    Alias,
+    AliasAction,
+    AliasEvent,
+    Policy,
+    Resolved,
+    Revision,
+)
+from openmint.catalog.revisions import find_by_prefix, find_live_revision
+from openmint.catalog.rows import (
+    ALIAS_EVENTS,
+    ALIASES,
+    MAX_LIST,
+    REVISIONS,
+    many,
+    one,
+)
+from openmint.errors import Conflict, NotFound
+from openmint.types import Digest, Tenant
+
+LATEST = "latest"
+SERVED = "prod"
+
+
+def find_alias(connection: Connection, policy_id: int, name: str) -> Alias | None:
+    wanted = (t.alias.c.policy_id == policy_id) & (t.alias.c.name == name)
+    return one(connection, Alias, ALIASES.where(wanted))
+
+
+def move_alias(
+    connection: Connection,
+    policy: Policy,
+    name: str,
+    digest: Digest,
+    action: AliasAction,
+    *,
+    actor: str,
+    reason: str = "",
+    expected_version: int | None = None,
+) -> Alias:
+    """The alias, now naming `digest`; moving it where it is changes and records nothing.
+
+    `expected_version` 0 means that the alias must be new. Raises NotFound for a revision that is
+    not the policy's or was deleted, Conflict when the version is another one.
+    """
+    find_live_revision(connection, policy, digest)
+    before = find_alias(connection, policy.policy_id, name)
+    version = before.version if before else 0
+    if expected_version is not None and expected_version != version:
+        raise Conflict(
+            f"alias {name!r} of {policy.name!r} is at version {version}, not {expected_version}; "
+            "read it again"
+        )
+    if before and before.digest == digest:
+        return before
+    moved = {"digest": digest, "version": version + 1, "updated_at": now()}
+    if before is None:
+        row = {"policy_id": policy.policy_id, "name": name, **moved}
+        connection.execute(t.alias.insert().values(**row))
+    else:
+        this = (t.alias.c.policy_id == policy.policy_id) & (t.alias.c.name == name)
+        connection.execute(update(t.alias).where(this).values(**moved))
+    came_from = before.digest if before else None
+    connection.execute(
+        t.alias_event.insert().values(
+            policy_id=policy.policy_id,
+            alias=name,
+            action=action,
+            from_digest=came_from,
+            to_digest=digest,
+            actor=actor,
+            reason=reason,
+            created_at=moved["updated_at"],
+        )
+    )
+    details = {"from": came_from, "to": digest, "reason": reason}
+    subject = f"{policy.tenant}/{policy.name}@{name}"
+    note_event(connection, policy.tenant, actor, f"alias.{action}", subject, details)
+    after = find_alias(connection, policy.policy_id, name)
+    assert after is not None
+    return after
+
+
+class AliasRecords:
+    """The aliases of every tenant."""
+
+    _database: Database
+
+    def set_alias(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str,
+        digest: str,
+        *,
+        actor: str,
+        reason: str = "",
+        expected_version: int | None = None,
+    ) -> Alias:
+        """Let `alias` name a revision. `digest` may be its start. Durable on return.
+
+        Raises NotFound, Conflict when the alias is not at `expected_version` (0: must be new).
+        """
+        return self._move(tenant, policy, alias, digest, "set", actor, reason, expected_version)
+
+    def promote(
+        self,
+        tenant: Tenant,
+        policy: str,
+        digest: str,
+        *,
+        alias: str = SERVED,
+        actor: str,
+        reason: str = "",
+        expected_version: int | None = None,
+    ) -> Alias:
+        """Serve a revision under `alias`. As `set_alias`, with its own word in the history."""
+        return self._move(tenant, policy, alias, digest, "promote", actor, reason, expected_version)
+
+    def _move(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str,
+        digest: str,
+        action: AliasAction,
+        actor: str,
+        reason: str,
+        expected_version: int | None,
+    ) -> Alias:
+        with self._database.write() as connection:
+            owner = find_policy(connection, tenant, policy)
+            return move_alias(
+                connection,
+                owner,
+                alias,
+                find_by_prefix(connection, owner, digest).digest,
+                action,
+                actor=actor,
+                reason=reason,
+                expected_version=expected_version,
+            )
+
+    def rollback(
+        self,
+        tenant: Tenant,
+        policy: str,
+        *,
+        alias: str = SERVED,
+        to_digest: str | None = None,
+        actor: str,
+        reason: str = "",
+        expected_version: int | None = None,
+    ) -> Alias:
+        """Go back to `to_digest`, or to what the alias named before and is not deleted.
+
+        Raises NotFound for an unknown alias or revision, Conflict when nothing lies before, or
+        when the alias is not at `expected_version`.
+        """
+        with self._database.write() as connection:
+            owner = find_policy(connection, tenant, policy)
+            if find_alias(connection, owner.policy_id, alias) is None:
+                raise NotFound(f"policy {policy!r} has no alias {alias[:200]!r}")
+            if to_digest is None:
+                target = _previous(connection, owner, alias)
+            else:
+                target = find_by_prefix(connection, owner, to_digest).digest
+            return move_alias(
+                connection,
+                owner,
+                alias,
+                target,
+                "rollback",
+                actor=actor,
+                reason=reason,
+                expected_version=expected_version,
+            )
+
+    def aliases(self, tenant: Tenant, policy: str) -> list[Alias]:
+        """A policy's aliases by name. Raises NotFound for the policy."""
+        with self._database.read() as connection:
+            owner = find_policy(connection, tenant, policy)
+            query = ALIASES.where(t.alias.c.policy_id == owner.policy_id)
+            return many(connection, Alias, query.order_by(t.alias.c.name))
+
+    def alias(self, tenant: Tenant, policy: str, name: str) -> Alias:
+        """Raises NotFound."""
+        with self._database.read() as connection:
+            owner = find_policy(connection, tenant, policy)
+            if found := find_alias(connection, owner.policy_id, name):
+                return found
+        raise NotFound(f"policy {policy!r} has no alias {name[:200]!r}")
+
+    def alias_history(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str | None = None,
+        *,
+        limit: int = 100,
+        before_id: int | None = None,
+    ) -> list[AliasEvent]:
+        """Moves of one alias, or of all the policy's, newest first. Raises NotFound."""
+        with self._database.read() as connection:
+            owner = find_policy(connection, tenant, policy)
+            query = ALIAS_EVENTS.where(t.alias_event.c.policy_id == owner.policy_id)
+            if alias is not None:
+                query = query.where(t.alias_event.c.alias == alias)
+            if before_id is not None:
+                query = query.where(t.alias_event.c.event_id < before_id)
+            query = query.order_by(t.alias_event.c.event_id.desc()).limit(min(limit, MAX_LIST))
+            return many(connection, AliasEvent, query)
+
+    def resolve(self, tenant: Tenant, policy: str, alias: str | None = None) -> Revision:
+        """The revision that the alias names now; without one, `prod` when set, else `latest`.
+
+        Raises NotFound.
+        """
+        return self.resolve_address(tenant, PolicyAddress(tenant, policy, alias)).revision
+
+    def resolve_address(self, tenant: Tenant, address: PolicyAddress) -> Resolved:
+        """What `address` means to `tenant` now. Raises NotFound, for another tenant's too."""
+        if address.tenant != tenant:
+            raise NotFound(f"no policy {address!s}")
+        with self._database.read() as connection:
+            if address.digest_prefix is not None:
+                owner = find_policy(connection, tenant, address.policy)
+                return Resolved(find_by_prefix(connection, owner, address.digest_prefix), None)
+            for name in (address.alias,) if address.alias else (SERVED, LATEST):
+                if revision := _aliased(connection, tenant, address.policy, name):
+                    return Resolved(revision, name)
+            find_policy(connection, tenant, address.policy)
+        raise NotFound(f"policy {address.policy!r} has no alias {address.alias or LATEST!r}")
+
+
+def _aliased(connection: Connection, tenant: Tenant, policy: str, name: str) -> Revision | None:
+    same = (t.alias.c.policy_id == t.revision.c.policy_id) & (
+        t.alias.c.digest == t.revision.c.digest
+    )
+    query = REVISIONS.join(t.alias, same).where(
+        t.policy.c.tenant == tenant, t.policy.c.name == policy, t.alias.c.name == name
+    )
+    return one(connection, Revision, query)
+
+
+def _previous(connection: Connection, policy: Policy, alias: str) -> Digest:
+    event, revision = t.alias_event.c, t.revision.c
+    mine = (event.policy_id == policy.policy_id) & (event.alias == alias)
+    query = select(event.action, event.to_digest).where(mine).order_by(event.event_id)
+    stack: list[Digest] = []
+    for action, target in connection.execute(query):
+        if action == "rollback" and target in stack:
+            while stack[-1] != target:
+                stack.pop()
+        else:
+            stack.append(target)
+    current = stack.pop()
+    live = (revision.policy_id == policy.policy_id) & revision.deleted_at.is_(None)
+    usable = set(connection.execute(select(revision.digest).where(live)).scalars()) - {current}
+    for target in reversed(stack):
+        if target in usable:
+            return target
+    raise Conflict(
+        f"alias {alias!r} of {policy.name!r} named nothing before that is still there; "
+        "name a digest to roll back to"
+    )

@@ -1,0 +1,50 @@
+"""The catalogue: every name, owner and lineage, on one SQL database; no bytes of weights.
+
+One method is one transaction. Reads take tens of microseconds and suit the event loop; writes wait
+for the disk and belong on a thread. Thread-safe; a second process may write to the same file.
+A method that takes an id takes the tenant too, and what is another tenant's is NotFound.
+"""
+
+from __future__ import annotations
+
+from openmint.catalog.aliases import AliasRecords
+from openmint.catalog.audit import AuditRecords
+from openmint.catalog.checkpoints import CheckpointRecords, SamplerRecords
+from openmint.catalog.database import Database
+from openmint.catalog.evaluations import EvaluationRecords
+from openmint.catalog.keys import KeyRecords, load_pepper
+from openmint.catalog.policies import PolicyRecords, RunRecords
+from openmint.catalog.revisions import RevisionRecords
+from openmint.catalog.sessions import SessionRecords
+
+
+class Catalog(
+    KeyRecords,
+    SessionRecords,
+    PolicyRecords,
+    RunRecords,
+    RevisionRecords,
+    CheckpointRecords,
+    SamplerRecords,
+    AliasRecords,
+    EvaluationRecords,
+    AuditRecords,
+):
+    """All nouns of the catalogue in one handle; each base class is one of them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        with database.write() as connection:
+            self._pepper = load_pepper(connection)
+
+    @classmethod
+    def open(cls, url: str) -> Catalog:
+        """The catalogue at an SQLAlchemy URL, made or brought up to date first.
+
+        Raises InvalidRequest for a URL that is not `sqlite:///path`.
+        """
+        return cls(Database(url))
+
+    def close(self) -> None:
+        """Wait for the write in progress, then let go of the file."""
+        self._database.close()

@@ -1,0 +1,312 @@
+"""Checkpoints: named saves of runs, and the samplers that are bound to some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
+
+from openmint.catalog import tables as t
+from openmint.catalog.aliases import LATEST, move_alias
+from openmint.catalog.audit import note_event
+from openmint.catalog.database import Database, now
+from openmint.catalog.policies import find_policy, find_run
+from openmint.catalog.records import Checkpoint, Sampler, Segment
+from openmint.catalog.revisions import delete_revision_row, put_revision
+from openmint.catalog.rows import (
+    CHECKPOINTS,
+    MAX_LIST,
+    SAMPLERS,
+    SavedBytes,
+    blob_values,
+    many,
+    metadata,
+    one,
+)
+from openmint.catalog.sessions import find_session
+from openmint.errors import Conflict, NotFound
+from openmint.types import BaseInfo, Digest, RunId, SessionId, Tenant
+
+
+class CheckpointRecords:
+    """The checkpoints of every tenant. An expired one is as good as gone."""
+
+    _database: Database
+
+    def add_checkpoint(
+        self,
+        tenant: Tenant,
+        run_id: RunId,
+        segment: Segment,
+        name: str,
+        blob: SavedBytes,
+        *,
+        expires_at: datetime | None = None,
+        overwrite: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Checkpoint:
+        """A named save, durable on return. Of segment `sampler_weights` it also adds the policy's
+        revision and moves alias `latest`, in the same transaction.
+
+        Repeating it with the same bytes is safe. Raises NotFound for the run, Conflict when the
+        name holds other bytes and `overwrite` is off.
+        """
+        this = _named(run_id, segment, name)
+        with self._database.write() as connection:
+            run = find_run(connection, tenant, run_id)
+            known = one(connection, Checkpoint, CHECKPOINTS.where(this, _unexpired()))
+            if known is not None and known.digest != blob.digest and not overwrite:
+                raise Conflict(
+                    f"checkpoint {segment}/{name} of run {run_id} exists; "
+                    "choose another name, delete it, or save with overwrite"
+                )
+            connection.execute(delete(t.checkpoint).where(this))
+            connection.execute(
+                t.checkpoint.insert().values(
+                    run_id=run_id,
+                    segment=segment,
+                    name=name,
+                    tenant=tenant,
+                    **blob_values(blob),
+                    public=False,
+                    user_metadata=metadata(user_metadata),
+                    created_at=now(),
+                    expires_at=expires_at,
+                )
+            )
+            steps: dict[str, Any] = {"num_optim_steps": blob.num_optim_steps}
+            steps["last_request_at"] = now()
+            connection.execute(update(t.run).where(t.run.c.run_id == run_id).values(**steps))
+            if segment == "sampler_weights":
+                policy = find_policy(connection, tenant, run.policy_name)
+                put_revision(
+                    connection,
+                    policy,
+                    blob,
+                    run=run,
+                    origin="trained",
+                    ephemeral=False,
+                    user_metadata=user_metadata,
+                )
+                move_alias(connection, policy, LATEST, blob.digest, "set", actor=run_id)
+            return _find(connection, this & (t.checkpoint.c.tenant == tenant), segment, name)
+
+    def checkpoint(self, tenant: Tenant, run_id: RunId, segment: Segment, name: str) -> Checkpoint:
+        """The tenant's own checkpoint. Raises NotFound."""
+        owned = _named(run_id, segment, name) & (t.checkpoint.c.tenant == tenant)
+        with self._database.read() as connection:
+            return _find(connection, owned, segment, name)
+
+    def readable_checkpoint(
+        self, tenant: Tenant, run_id: RunId, segment: Segment, name: str
+    ) -> Checkpoint:
+        """The tenant's own checkpoint, or one that its owner published. Raises NotFound."""
+        readable = (t.checkpoint.c.tenant == tenant) | t.checkpoint.c.public.is_(True)
+        with self._database.read() as connection:
+            return _find(connection, _named(run_id, segment, name) & readable, segment, name)
+
+    def run_checkpoints(self, tenant: Tenant, run_id: RunId) -> list[Checkpoint]:
+        """A run's checkpoints, newest first. Raises NotFound for the run."""
+        query = CHECKPOINTS.where(t.checkpoint.c.run_id == run_id, _unexpired())
+        with self._database.read() as connection:
+            find_run(connection, tenant, run_id)
+            return many(connection, Checkpoint, query.order_by(*_newest()))
+
+    def checkpoints(
+        self, tenant: Tenant, *, limit: int = 100, offset: int = 0
+    ) -> tuple[list[Checkpoint], int]:
+        """A page of the tenant's checkpoints, newest first, and how many there are in all."""
+        query = CHECKPOINTS.where(t.checkpoint.c.tenant == tenant, _unexpired())
+        page = query.order_by(*_newest()).limit(min(limit, MAX_LIST)).offset(offset)
+        count = query.with_only_columns(func.count())
+        with self._database.read() as connection:
+            found = many(connection, Checkpoint, page)
+            return found, int(connection.execute(count).scalar_one())
+
+    def checkpoint_usage(self, tenant: Tenant) -> tuple[int, int]:
+        """How many checkpoints the tenant has, and the sum of their bytes."""
+        total = func.coalesce(func.sum(t.checkpoint.c.size_bytes), 0)
+        query = select(func.count(), total).where(t.checkpoint.c.tenant == tenant, _unexpired())
+        with self._database.read() as connection:
+            count, size_bytes = connection.execute(query).one()
+            return int(count), int(size_bytes)
+
+    def set_checkpoint_expiry(
+        self,
+        tenant: Tenant,
+        run_id: RunId,
+        segment: Segment,
+        name: str,
+        expires_at: datetime | None,
+    ) -> Checkpoint:
+        """Let it expire then; None: never. Raises NotFound."""
+        return self._change(tenant, run_id, segment, name, {"expires_at": expires_at})
+
+    def set_checkpoint_public(
+        self,
+        tenant: Tenant,
+        run_id: RunId,
+        segment: Segment,
+        name: str,
+        public: bool,
+        *,
+        actor: str,
+    ) -> Checkpoint:
+        """Let every tenant read it, or no other. Raises NotFound."""
+        action = "checkpoint.publish" if public else "checkpoint.unpublish"
+        change = {"public": public}
+        return self._change(tenant, run_id, segment, name, change, (actor, action))
+
+    def _change(
+        self,
+        tenant: Tenant,
+        run_id: RunId,
+        segment: Segment,
+        name: str,
+        values: Mapping[str, Any],
+        audit: tuple[str, str] | None = None,
+    ) -> Checkpoint:
+        this = _named(run_id, segment, name)
+        owned = this & (t.checkpoint.c.tenant == tenant)
+        with self._database.write() as connection:
+            _find(connection, owned, segment, name)
+            connection.execute(update(t.checkpoint).where(this).values(**values))
+            if audit is not None:
+                note_event(connection, tenant, *audit, f"{run_id}/{segment}/{name}")
+            query = CHECKPOINTS.where(owned)
+            changed = one(connection, Checkpoint, query)
+            assert changed is not None
+            return changed
+
+    def delete_checkpoint(
+        self, tenant: Tenant, run_id: RunId, segment: Segment, name: str, *, actor: str
+    ) -> Checkpoint:
+        """Remove it and say what it was. Its revision goes too, unless it has another use.
+
+        Uses are: another checkpoint, an alias, a place in the history of an alias but `latest`.
+        Raises NotFound.
+        """
+        owned = _named(run_id, segment, name) & (t.checkpoint.c.tenant == tenant)
+        with self._database.write() as connection:
+            found = _find(connection, owned, segment, name)
+            _remove(connection, found)
+            subject = f"{run_id}/{segment}/{name}"
+            note_event(connection, tenant, actor, "checkpoint.delete", subject)
+            return found
+
+    def delete_expired_checkpoints(self) -> list[Checkpoint]:
+        """Remove what has expired, some at a time; says what it was, for the collector."""
+        query = CHECKPOINTS.where(t.checkpoint.c.expires_at <= now()).limit(MAX_LIST)
+        with self._database.write() as connection:
+            expired = many(connection, Checkpoint, query)
+            for checkpoint in expired:
+                _remove(connection, checkpoint)
+            return expired
+
+
+def _named(run_id: RunId, segment: Segment, name: str) -> ColumnElement[bool]:
+    column = t.checkpoint.c
+    return (column.run_id == run_id) & (column.segment == segment) & (column.name == name)
+
+
+def _unexpired() -> ColumnElement[bool]:
+    return t.checkpoint.c.expires_at.is_(None) | (t.checkpoint.c.expires_at > now())
+
+
+def _newest() -> tuple[ColumnElement[Any], ...]:
+    column = t.checkpoint.c
+    return column.created_at.desc(), column.run_id.desc(), column.segment, column.name
+
+
+def _find(
+    connection: Connection, where: ColumnElement[bool], segment: str, name: str
+) -> Checkpoint:
+    if found := one(connection, Checkpoint, CHECKPOINTS.where(where, _unexpired())):
+        return found
+    raise NotFound(f"no checkpoint {segment}/{name[:200]} of that run")
+
+
+def _remove(connection: Connection, gone: Checkpoint) -> None:
+    connection.execute(delete(t.checkpoint).where(_named(gone.run_id, gone.segment, gone.name)))
+    if gone.segment == "sampler_weights" and not _has_other_use(connection, gone):
+        delete_revision_row(connection, gone.policy_id, gone.digest)
+
+
+def _has_other_use(connection: Connection, gone: Checkpoint) -> bool:
+    event = t.alias_event.c
+    uses = (
+        select(t.checkpoint.c.name)
+        .join_from(t.checkpoint, t.run)
+        .where(t.run.c.policy_id == gone.policy_id, t.checkpoint.c.digest == gone.digest)
+        .where(t.checkpoint.c.segment == "sampler_weights"),
+        select(t.alias.c.name).where(
+            t.alias.c.policy_id == gone.policy_id, t.alias.c.digest == gone.digest
+        ),
+        select(event.alias).where(
+            event.policy_id == gone.policy_id,
+            event.alias != LATEST,
+            or_(event.to_digest == gone.digest, event.from_digest == gone.digest),
+        ),
+    )
+    return any(connection.execute(use.limit(1)).first() for use in uses)
+
+
+class SamplerRecords:
+    """The sampling sessions of every tenant."""
+
+    _database: Database
+
+    def add_sampler(
+        self,
+        tenant: Tenant,
+        sampler_id: str,
+        *,
+        session_id: SessionId,
+        base: BaseInfo,
+        revision: Digest | None,
+        model_path: str | None,
+    ) -> Sampler:
+        """A sampler bound to a revision or the bare base; the one there is when repeated.
+
+        Raises NotFound for the session, Conflict when the id is bound to something else.
+        """
+        with self._database.write() as connection:
+            find_session(connection, tenant, session_id)
+            query = SAMPLERS.where(t.sampler.c.sampler_id == sampler_id)
+            known = one(connection, Sampler, query)
+            if known is None:
+                connection.execute(
+                    t.sampler.insert().values(
+                        sampler_id=sampler_id,
+                        session_id=session_id,
+                        tenant=tenant,
+                        seq_id=int(sampler_id.rpartition(":")[2]),
+                        base_name=base.name,
+                        base_digest=base.digest,
+                        revision=revision,
+                        model_path=model_path,
+                        created_at=now(),
+                    )
+                )
+                known = one(connection, Sampler, query)
+                assert known is not None
+            wanted = (tenant, base.digest, model_path)
+            if (known.tenant, known.base_digest, known.model_path) != wanted:
+                raise Conflict(f"sampling session {sampler_id} is bound to something else")
+            return known
+
+    def sampler(self, tenant: Tenant, sampler_id: str) -> Sampler:
+        """Raises NotFound."""
+        owned = (t.sampler.c.tenant == tenant) & (t.sampler.c.sampler_id == sampler_id)
+        with self._database.read() as connection:
+            if found := one(connection, Sampler, SAMPLERS.where(owned)):
+                return found
+        raise NotFound(f"no sampling session {sampler_id[:200]!r}")
+
+    def samplers_of_session(self, tenant: Tenant, session_id: SessionId) -> list[Sampler]:
+        """A session's samplers in the order of their seq_id."""
+        owned = (t.sampler.c.tenant == tenant) & (t.sampler.c.session_id == session_id)
+        with self._database.read() as connection:
+            return many(connection, Sampler, SAMPLERS.where(owned).order_by(t.sampler.c.seq_id))

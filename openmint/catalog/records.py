@@ -1,0 +1,234 @@
+"""What the catalogue hands out: frozen rows with their names resolved. Times are aware UTC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from openmint.errors import Forbidden
+from openmint.types import Digest, LoraSpec, RunId, SessionId, Tenant
+
+Role = Literal["admin", "train", "serve", "read"]
+ROLES: tuple[Role, ...] = ("admin", "train", "serve", "read")
+SessionStatus = Literal["open", "finished", "expired"]
+RunStatus = Literal["live", "closed", "lost"]
+Segment = Literal["weights", "sampler_weights", "external_weights"]
+Origin = Literal["trained", "imported"]
+AliasAction = Literal["set", "promote", "rollback"]
+EvaluationStatus = Literal["running", "finished", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """An authenticated key: whose it is and what it may do."""
+
+    tenant: Tenant
+    role: Role
+    key_id: str
+
+    def require(self, *roles: Role) -> None:
+        """Raises Forbidden unless the key has one of `roles`; an admin key may do everything."""
+        if self.role != "admin" and self.role not in roles:
+            wanted = " or ".join(("admin", *roles))
+            raise Forbidden(f"this key has role {self.role!r}; this call needs {wanted}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key as it may be shown: never its secret, nor what the secret is checked against."""
+
+    key_id: str
+    tenant: Tenant
+    role: Role
+    note: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    session_id: SessionId
+    tenant: Tenant
+    tags: tuple[str, ...]
+    user_metadata: Mapping[str, str]
+    display_name: str | None
+    project_id: str | None
+    sdk_version: str | None
+    created_at: datetime
+    last_seen_at: datetime
+    finished_at: datetime | None
+    status: SessionStatus
+    finish_reason: str | None
+    finish_detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    policy_id: int
+    tenant: Tenant
+    name: str
+    base_name: str
+    base_digest: Digest
+    user_metadata: Mapping[str, str]
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    run_id: RunId
+    session_id: SessionId
+    tenant: Tenant
+    policy_id: int
+    policy_name: str
+    base_name: str
+    base_digest: Digest
+    model_seq_id: int
+    spec: LoraSpec
+    seed: int | None
+    user_metadata: Mapping[str, str]
+    optimizer_config: Mapping[str, Any] | None
+    created_at: datetime
+    last_request_at: datetime
+    status: RunStatus
+    num_optim_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """Immutable weights of a policy. `number` counts from 1 within the policy."""
+
+    policy_id: int
+    policy_name: str
+    tenant: Tenant
+    number: int
+    digest: Digest
+    base_name: str
+    base_digest: Digest
+    spec: LoraSpec
+    parent_digest: Digest | None
+    run_id: RunId | None
+    num_optim_steps: int
+    size_bytes: int
+    origin: Origin
+    ephemeral: bool
+    user_metadata: Mapping[str, str]
+    created_at: datetime
+    deleted_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run's named save. `run_id`, `segment` and `name` make its `tinker://` path."""
+
+    run_id: RunId
+    segment: Segment
+    name: str
+    tenant: Tenant
+    policy_id: int
+    policy_name: str
+    digest: Digest
+    base_name: str
+    base_digest: Digest
+    size_bytes: int
+    spec: LoraSpec
+    num_optim_steps: int
+    public: bool
+    user_metadata: Mapping[str, str]
+    optimizer_config: Mapping[str, Any] | None
+    """The run's, as its client sent it."""
+    created_at: datetime
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A Tinker sampling session. `revision` None: the bare base."""
+
+    sampler_id: str
+    session_id: SessionId
+    tenant: Tenant
+    base_name: str
+    base_digest: Digest
+    revision: Digest | None
+    model_path: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A movable name. `version` grows by one with every move."""
+
+    policy_id: int
+    policy_name: str
+    name: str
+    digest: Digest
+    version: int
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AliasEvent:
+    event_id: int
+    policy_id: int
+    alias: str
+    action: AliasAction
+    from_digest: Digest | None
+    to_digest: Digest
+    actor: str
+    reason: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What an address meant at one moment; `alias` None when it named a digest."""
+
+    revision: Revision
+    alias: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """An evaluation task as it was uploaded. A changed body is another digest."""
+
+    tenant: Tenant
+    name: str
+    digest: Digest
+    body: Mapping[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One scoring of a revision, or of a bare base when `digest` is None, on a task."""
+
+    evaluation_id: int
+    tenant: Tenant
+    policy_name: str | None
+    digest: Digest | None
+    base_name: str
+    task_name: str
+    task_digest: Digest
+    seed: int
+    num_items: int
+    num_correct: int
+    score: float | None
+    sampling: Mapping[str, Any]
+    status: EvaluationStatus
+    error: str | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    event_id: int
+    tenant: Tenant
+    actor: str
+    action: str
+    subject: str
+    details: Mapping[str, Any]
+    created_at: datetime

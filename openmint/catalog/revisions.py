@@ -1,0 +1,295 @@
+"""Revisions: a policy's immutable weights, in the order in which they were added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, func, select, update
+
+from openmint.catalog import tables as t
+from openmint.catalog.database import Database, now
+from openmint.catalog.policies import find_policy, find_run, get_or_create
+from openmint.catalog.records import Origin, Policy, Revision, Run
+from openmint.catalog.rows import (
+    MAX_LIST,
+    REVISIONS,
+    SavedBytes,
+    blob_values,
+    many,
+    metadata,
+    one,
+)
+from openmint.errors import Conflict, InvalidRequest, NotFound
+from openmint.types import BaseInfo, Digest, RunId, SessionId, Tenant
+
+DIGEST_HEX = 71
+"""Characters of a whole digest, `sha256:` included."""
+
+
+def find_revision(connection: Connection, policy: Policy, digest: str) -> Revision | None:
+    wanted = (t.revision.c.policy_id == policy.policy_id) & (t.revision.c.digest == digest)
+    return one(connection, Revision, REVISIONS.where(wanted))
+
+
+def find_live_revision(connection: Connection, policy: Policy, digest: str) -> Revision:
+    """Raises NotFound for a revision that is not the policy's or was deleted."""
+    found = find_revision(connection, policy, digest)
+    if found is None:
+        raise NotFound(f"policy {policy.name!r} has no revision {digest[:80]}")
+    if found.deleted_at is not None:
+        raise NotFound(f"revision {digest} of policy {policy.name!r} was deleted")
+    return found
+
+
+def find_by_prefix(connection: Connection, policy: Policy, prefix: str) -> Revision:
+    """The policy's revision whose digest starts so. Raises NotFound, InvalidRequest for two."""
+    if len(prefix) >= DIGEST_HEX:
+        return find_live_revision(connection, policy, prefix)
+    digest = t.revision.c.digest
+    query = REVISIONS.where(
+        t.revision.c.policy_id == policy.policy_id,
+        t.revision.c.deleted_at.is_(None),
+        digest >= prefix,
+        digest < prefix + "g",  # the first letter after the hex digits
+    )
+    found = many(connection, Revision, query.limit(2))
+    if not found:
+        raise NotFound(f"policy {policy.name!r} has no revision {prefix}")
+    if len(found) > 1:
+        raise InvalidRequest(f"{prefix} begins several revisions; use more digits")
+    return found[0]
+
+
+def put_revision(
+    connection: Connection,
+    policy: Policy,
+    blob: SavedBytes,
+    *,
+    run: Run | None,
+    origin: Origin,
+    ephemeral: bool,
+    parent_digest: Digest | None = None,
+    user_metadata: Mapping[str, str] | None = None,
+) -> Revision:
+    """The policy's revision of these bytes; the one there was, restored when it was deleted."""
+    known = find_revision(connection, policy, blob.digest)
+    if known is not None:
+        this = (t.revision.c.policy_id == policy.policy_id) & (t.revision.c.digest == blob.digest)
+        kept = {"deleted_at": None, "ephemeral": known.ephemeral and ephemeral}
+        connection.execute(update(t.revision).where(this).values(**kept))
+    else:
+        mine = t.revision.c.policy_id == policy.policy_id
+        last = select(func.max(t.revision.c.number)).where(mine)
+        if parent_digest is None and run is not None:
+            parent_digest = _newest_of_run(connection, run)
+        connection.execute(
+            t.revision.insert().values(
+                policy_id=policy.policy_id,
+                number=(connection.execute(last).scalar() or 0) + 1,
+                **blob_values(blob),
+                parent_digest=parent_digest,
+                run_id=run.run_id if run else None,
+                origin=origin,
+                ephemeral=ephemeral,
+                user_metadata=metadata(user_metadata),
+                created_at=now(),
+            )
+        )
+    if run is not None:
+        steps: dict[str, Any] = {"num_optim_steps": blob.num_optim_steps, "last_request_at": now()}
+        connection.execute(update(t.run).where(t.run.c.run_id == run.run_id).values(**steps))
+    return find_live_revision(connection, policy, blob.digest)
+
+
+def _newest_of_run(connection: Connection, run: Run) -> Digest | None:
+    """What the run's next revision descends from: its last one, when it has one."""
+    query = select(t.revision.c.digest).where(t.revision.c.run_id == run.run_id)
+    newest = query.order_by(t.revision.c.number.desc()).limit(1)
+    return connection.execute(newest).scalar()
+
+
+def delete_revision_row(connection: Connection, policy_id: int, digest: str) -> None:
+    this = (t.revision.c.policy_id == policy_id) & (t.revision.c.digest == digest)
+    connection.execute(update(t.revision).where(this).values(deleted_at=now()))
+
+
+class RevisionRecords:
+    """The revisions of every tenant."""
+
+    _database: Database
+
+    def add_run_revision(
+        self,
+        tenant: Tenant,
+        run_id: RunId,
+        blob: SavedBytes,
+        *,
+        ephemeral: bool,
+        parent_digest: Digest | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Revision:
+        """A revision that a run made; its parent, unless given, is the run's one before.
+
+        The same bytes again give the same revision. Raises NotFound for the run.
+        """
+        with self._database.write() as connection:
+            run = find_run(connection, tenant, run_id)
+            policy = find_policy(connection, tenant, run.policy_name)
+            return put_revision(
+                connection,
+                policy,
+                blob,
+                run=run,
+                origin="trained",
+                ephemeral=ephemeral,
+                parent_digest=parent_digest,
+                user_metadata=user_metadata,
+            )
+
+    def import_revision(
+        self,
+        tenant: Tenant,
+        policy: str,
+        base: BaseInfo,
+        blob: SavedBytes,
+        *,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Revision:
+        """A revision that was trained elsewhere; makes the policy where there is none.
+
+        Raises InvalidRequest when the policy has another base.
+        """
+        with self._database.write() as connection:
+            return put_revision(
+                connection,
+                get_or_create(connection, tenant, policy, base),
+                blob,
+                run=None,
+                origin="imported",
+                ephemeral=False,
+                user_metadata=user_metadata,
+            )
+
+    def revision(self, tenant: Tenant, policy: str, digest: str) -> Revision:
+        """A revision by its digest or the start of it. Raises NotFound, also when deleted."""
+        with self._database.read() as connection:
+            owner = find_policy(connection, tenant, policy)
+            return find_by_prefix(connection, owner, digest)
+
+    def revisions(
+        self,
+        tenant: Tenant,
+        policy: str,
+        *,
+        limit: int = 100,
+        before_number: int | None = None,
+        with_ephemeral: bool = False,
+        with_deleted: bool = False,
+    ) -> list[Revision]:
+        """A policy's revisions, newest first; `before_number` continues after a page's last.
+
+        Raises NotFound for the policy.
+        """
+        column = t.revision.c
+        with self._database.read() as connection:
+            owner = find_policy(connection, tenant, policy)
+            query = REVISIONS.where(column.policy_id == owner.policy_id)
+            if before_number is not None:
+                query = query.where(column.number < before_number)
+            if not with_ephemeral:
+                query = query.where(column.ephemeral.is_(False))
+            if not with_deleted:
+                query = query.where(column.deleted_at.is_(None))
+            newest = query.order_by(column.number.desc()).limit(min(limit, MAX_LIST))
+            return many(connection, Revision, newest)
+
+    def lineage(self, tenant: Tenant, policy: str, digest: str) -> list[Revision]:
+        """The revision and what it descends from within the policy, nearest first, deleted ones
+        included. Raises NotFound."""
+        with self._database.read() as connection:
+            owner = find_policy(connection, tenant, policy)
+            chain = [find_by_prefix(connection, owner, digest)]
+            seen = {chain[0].digest}
+            while (parent := chain[-1].parent_digest) and parent not in seen:
+                found = find_revision(connection, owner, parent)
+                if found is None or len(chain) == MAX_LIST:
+                    break
+                chain.append(found)
+                seen.add(parent)
+            return chain
+
+    def delete_revision(self, tenant: Tenant, policy: str, digest: str) -> Revision:
+        """Mark a revision deleted; its bytes go when nothing else needs them.
+
+        Raises NotFound, Conflict while an alias names it.
+        """
+        with self._database.write() as connection:
+            owner = find_policy(connection, tenant, policy)
+            found = find_by_prefix(connection, owner, digest)
+            named = (t.alias.c.policy_id == owner.policy_id) & (t.alias.c.digest == found.digest)
+            names = connection.execute(select(t.alias.c.name).where(named)).scalars().all()
+            if names:
+                raise Conflict(
+                    f"alias {names[0]!r} names revision {found.digest}; move the alias first"
+                )
+            delete_revision_row(connection, owner.policy_id, found.digest)
+            return found
+
+    def delete_ephemeral(self, tenant: Tenant, session_id: SessionId) -> list[Digest]:
+        """Mark the ephemeral revisions of a session's runs deleted, but those that an alias names.
+
+        Returns their digests, for the collector to ask `is_referenced` about.
+        """
+        mine = (t.run.c.tenant == tenant) & (t.run.c.session_id == session_id)
+        with self._database.write() as connection:
+            return _delete_ephemeral(connection, select(t.run.c.run_id).where(mine))
+
+    def delete_ephemeral_of_ended(self, ended_before: datetime) -> list[Digest]:
+        """As `delete_ephemeral`, for every session that ended before then."""
+        ended = t.session.c.finished_at < ended_before
+        runs = select(t.run.c.run_id).join_from(t.run, t.session).where(ended)
+        with self._database.write() as connection:
+            return _delete_ephemeral(connection, runs)
+
+    def is_referenced(self, digest: Digest) -> bool:
+        """Whether a revision or a checkpoint still needs these bytes."""
+        with self._database.read() as connection:
+            return any(
+                connection.execute(query.where(column == digest).limit(1)).first()
+                for query, column in _references()
+            )
+
+    def referenced_digests(self) -> set[Digest]:
+        """Every digest whose bytes a revision or a checkpoint needs."""
+        with self._database.read() as connection:
+            return {
+                digest
+                for query, _ in _references()
+                for digest in connection.execute(query).scalars()
+            }
+
+
+def _delete_ephemeral(connection: Connection, runs: Any) -> list[Digest]:
+    revision, alias = t.revision.c, t.alias.c
+    named = (
+        select(alias.name)
+        .where(alias.policy_id == revision.policy_id, alias.digest == revision.digest)
+        .exists()
+    )
+    doomed = select(revision.policy_id, revision.digest).where(
+        revision.ephemeral.is_(True), revision.deleted_at.is_(None), revision.run_id.in_(runs)
+    )
+    rows = connection.execute(doomed.where(~named)).all()
+    for row in rows:
+        delete_revision_row(connection, row.policy_id, row.digest)
+    return [row.digest for row in rows]
+
+
+def _references() -> tuple[tuple[Any, Any], ...]:
+    revision, checkpoint = t.revision.c.digest, t.checkpoint.c.digest
+    return (
+        (select(revision).where(t.revision.c.deleted_at.is_(None)), revision),
+        (select(checkpoint), checkpoint),
+    )
