@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openmint.errors import InvalidRequest
 
@@ -97,22 +97,28 @@ def load_settings(
     raw: dict[str, Any] = tomllib.loads(path.read_text()) if path else {}
     worker = _section(WorkerConfig(), raw.pop("worker", {}), environ, "WORKER")
     service = _section(ServiceConfig(), raw.pop("service", {}), environ, "SERVICE")
-    top = {key: value for key, value in (flags or {}).items() if value is not None}
-    settings = _section(Settings(worker=worker, service=service), {**raw, **top}, environ, "")
-    return settings
+    settings = _section(Settings(worker=worker, service=service), raw, environ, "")
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    return _section(settings, given, {}, "")
 
 
-def _section(section: Any, raw: Mapping[str, Any], environ: Mapping[str, str], prefix: str) -> Any:
+Section = TypeVar("Section", WorkerConfig, ServiceConfig, Settings)
+
+
+def _section(
+    section: Section, raw: Mapping[str, Any], environ: Mapping[str, str], prefix: str
+) -> Section:
+    """The section with what the environment says, else what `raw` says."""
     known = {f.name: getattr(section, f.name) for f in fields(section)}
     if unknown := sorted(set(raw) - set(known)):
         raise InvalidRequest(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
     changes: dict[str, Any] = {}
     for name, default in known.items():
         variable = "_".join(filter(None, ("OPENMINT", prefix, name.upper())))
-        if name in raw:
-            changes[name] = _convert(name, raw[name], default)
-        elif variable in environ and not isinstance(default, (WorkerConfig, ServiceConfig)):
+        if variable in environ:
             changes[name] = _convert(variable, environ[variable], default)
+        elif name in raw:
+            changes[name] = _convert(name, raw[name], default)
     return replace(section, **changes)
 
 
@@ -122,8 +128,6 @@ def _convert(name: str, value: Any, default: Any) -> Any:
             return Path(value)
         if isinstance(default, tuple):
             return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-        if isinstance(default, (WorkerConfig, ServiceConfig)):
-            return value
         return type(default)(value)
     except (TypeError, ValueError):
         kind = type(default).__name__

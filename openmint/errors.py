@@ -1,8 +1,9 @@
 """Everything that can go wrong, as one tree. HTTP status codes live in `api/errors.py` alone.
 
 OpenMintError
-├── RequestError            the caller must change something; a retry of the same request fails again
+├── RequestError            the caller must change something; the same request fails again
 │   ├── InvalidRequest      malformed or out of range
+│   │   └── NonFinite       the numbers asked for overflow
 │   ├── Unauthenticated     no key, unknown key, expired key
 │   ├── Forbidden           the key's role does not allow this
 │   ├── NotFound            no such thing, or another tenant's
@@ -40,6 +41,10 @@ class RequestError(OpenMintError):
 
 class InvalidRequest(RequestError):
     code = "invalid_request"
+
+
+class NonFinite(InvalidRequest):
+    code = "non_finite"
 
 
 class Unauthenticated(RequestError):

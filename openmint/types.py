@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NewType
+from typing import Any, Literal, NewType
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ Digest = NewType("Digest", str)
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+AnyArray = npt.NDArray[Any]
 
 TargetGroup = Literal["attn", "mlp", "unembed"]
 
@@ -133,7 +134,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class TopLogprobs:
-    """The k likeliest tokens at each position: `token_ids_NK`, `logprobs_NK` (-inf in empty cells)."""
+    """The k likeliest tokens at each position; empty cells are token 0 at -inf."""
 
     token_ids_NK: IntArray
     logprobs_NK: FloatArray
@@ -143,6 +144,6 @@ class TopLogprobs:
 class SampledSequence:
     tokens_N: IntArray
     logprobs_N: FloatArray
-    """Log-probability of each sampled token under the model itself (temperature 1, no truncation)."""
+    """Of each sampled token under the model itself: temperature 1, no truncation."""
     stop_reason: Literal["stop", "length"]
     top_logprobs: TopLogprobs | None = None

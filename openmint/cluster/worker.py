@@ -87,8 +87,11 @@ class Inbox:
         """Everything that has come; waits up to the timeout for a first item."""
         items = []
         try:
-            items.append(self._queue.get(timeout=timeout_seconds) if timeout_seconds else
-                         self._queue.get_nowait())
+            items.append(
+                self._queue.get(timeout=timeout_seconds)
+                if timeout_seconds
+                else self._queue.get_nowait()
+            )
             while True:
                 items.append(self._queue.get_nowait())
         except queue.Empty:
@@ -112,7 +115,12 @@ def main(connection: socket.socket) -> None:
     inbox = Inbox()
     archive = AdapterArchive(BlobStore(setup.data), base, engine.dtype)
     scheduler = Scheduler(
-        engine, archive, setup.config, tokenizer.decode, link.send, inbox.background
+        engine,
+        archive,
+        setup.config,
+        lambda tokens: str(tokenizer.decode(tokens)),
+        link.send,
+        inbox.background,
     )
     inbox.read_from(link)
     link.send(Ready(base))

@@ -27,6 +27,7 @@ from openmint.scheduler.work import (
 )
 from openmint.types import BaseInfo
 
+
 class WorkerClient:
     """Sends commands to one worker and hands each result to whoever waits for it.
 

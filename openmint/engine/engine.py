@@ -9,7 +9,7 @@ from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
 from openmint.engine.runs import Runs, RunSnapshot
 from openmint.engine.sample_step import Sampler
 from openmint.engine.train_step import OpenTrain, train_micro_batch
-from openmint.errors import InvalidRequest
+from openmint.errors import InvalidRequest, NonFinite
 from openmint.layers.adapters import AdapterWeights
 from openmint.layers.attention import KVCache
 from openmint.models.model import Model
@@ -36,7 +36,9 @@ class Engine:
         self._slots: dict[Digest, AdapterWeights] = {}
         self._open: dict[int, OpenTrain] = {}
         shape = model.cache_shape
-        token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
+        token_bytes = (
+            2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
+        )
         self.num_pages = max(1, config.kv_cache_bytes // (token_bytes * config.page_tokens))
         cache = KVCache(
             shape.num_layers,
@@ -116,12 +118,12 @@ class Engine:
     def close_train(self, work_id: int) -> tuple[tuple[FloatArray, ...], dict[str, float]]:
         """The work's log-probabilities and metrics; its gradient joins the run's, if finite.
 
-        Raises InvalidRequest for a non-finite loss or gradient; the run is as before the work.
+        Raises NonFinite for a gradient with NaN or infinities; the run is as before the work.
         """
         work = self._open.pop(work_id)
         if work.grads_P is not None:
             if not bool(torch.isfinite(work.grads_P).all()):
-                raise InvalidRequest(
+                raise NonFinite(
                     f"loss {work.loss.name} gave a gradient with NaN or infinite values (loss "
                     f"{work.loss_sum}); this forward_backward was left out, the run is unharmed. "
                     "Check the data's logprobs, advantages and weights"

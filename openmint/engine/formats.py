@@ -93,7 +93,7 @@ def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -11,6 +11,10 @@ from openmint.errors import InvalidRequest
 from openmint.types import AdamParams
 
 
+LARGEST_STEP = 1e30
+"""Beyond it an update can only overflow fp32."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdamState:
     """fp32 weights and moments after `num_optim_steps` updates; replaced whole by each update."""
@@ -39,12 +43,14 @@ def adamw(state: AdamState, grads_P: Tensor, adam: AdamParams) -> tuple[AdamStat
         grads_P = grads_P * (adam.grad_clip_norm / grad_norm)
     step = state.num_optim_steps + 1
     exp_avg_P = torch.lerp(state.exp_avg_P, grads_P, 1.0 - adam.beta1)
-    exp_avg_sq_P = torch.addcmul(state.exp_avg_sq_P * adam.beta2, grads_P, grads_P, value=1.0 - adam.beta2)
+    exp_avg_sq_P = torch.addcmul(
+        state.exp_avg_sq_P * adam.beta2, grads_P, grads_P, value=1.0 - adam.beta2
+    )
     denominator_P = exp_avg_sq_P.sqrt() / (1.0 - adam.beta2**step) ** 0.5 + adam.eps
     step_size = adam.learning_rate / (1.0 - adam.beta1**step)
     decayed_P = state.params_P * (1.0 - adam.learning_rate * adam.weight_decay)
-    params_P = decayed_P.addcdiv_(exp_avg_P, denominator_P, value=-step_size)
-    if not bool(torch.isfinite(params_P).all()):
+    params_P = decayed_P.addcdiv_(exp_avg_P, denominator_P, value=-min(step_size, LARGEST_STEP))
+    if not bool(torch.isfinite(params_P).all()) or step_size > LARGEST_STEP:
         raise InvalidRequest(
             f"optim_step with learning_rate {adam.learning_rate} and eps {adam.eps} would make "
             "weights infinite or NaN; nothing was applied"

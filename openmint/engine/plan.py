@@ -88,4 +88,3 @@ class ChunkOutcome:
     logprob: float
     top: TopLogprobs | None
     scored: PromptScored | None
-

@@ -16,7 +16,7 @@ from openmint.engine.plan import Chunk, ChunkOutcome, PromptScored, SampleBatch
 from openmint.layers.adapters import AdapterBatch, AdapterStack, AdapterWeights
 from openmint.layers.attention import KVCache, PagedAttention, PagedGroup, length_buckets
 from openmint.models.model import Batch, Model
-from openmint.types import Digest, IntArray, TopLogprobs
+from openmint.types import AnyArray, Digest, IntArray, TopLogprobs
 
 SCORE_ROWS = 256
 """Prompt rows whose logits exist at once."""
@@ -31,9 +31,7 @@ class Sampler:
         self._stack = AdapterStack([])
 
     @torch.inference_mode()
-    def run(
-        self, batch: SampleBatch, slots: Mapping[Digest, AdapterWeights]
-    ) -> list[ChunkOutcome]:
+    def run(self, batch: SampleBatch, slots: Mapping[Digest, AdapterWeights]) -> list[ChunkOutcome]:
         """Outcome of each chunk, in order."""
         chunks = batch.chunks
         slot_S = self._bind(chunks, slots)
@@ -85,7 +83,9 @@ class Sampler:
             ]
         )
         buckets = length_buckets([len(chunk.tokens_N) for chunk in chunks])
-        groups = [self._group([(chunks[i], int(starts_S[i])) for i in bucket]) for bucket in buckets]
+        groups = [
+            self._group([(chunks[i], int(starts_S[i])) for i in bucket]) for bucket in buckets
+        ]
         return PagedAttention(self._cache, self._to(slot_T), groups)
 
     def _group(self, members: Sequence[tuple[Chunk, int]]) -> PagedGroup:
@@ -106,9 +106,9 @@ class Sampler:
         sees_SLK = keys_K <= at_SL[:, :, None]
         if self._model.window is not None:
             sees_SLK &= keys_K > at_SL[:, :, None] - self._model.window
-        tensors = [self._to(x) for x in (query_SL, real_SL, pages_SP, sees_SLK)]
+        query, real, pages, sees = map(self._to, (query_SL, real_SL, pages_SP, sees_SLK))
         shared = self._model.num_heads // self._model.cache_shape.num_kv_heads
-        return PagedGroup.of(*tensors, shared, self._cache.keys.dtype)
+        return PagedGroup.of(query, real, pages, sees, shared, self._cache.keys.dtype)
 
     def _draw(
         self, chunks: Sequence[Chunk], hidden_TD: Tensor, last_S: IntArray, slot_S: IntArray
@@ -120,11 +120,12 @@ class Sampler:
         logprobs_RV = self._logprobs(hidden_TD[self._to(last_S[drawing])], slot_S[drawing])
         tokens_R = choose_tokens(logprobs_RV, [chunks[i] for i in drawing])
         chosen_R = logprobs_RV.gather(1, tokens_R[:, None]).squeeze(1).cpu().numpy()
-        width = max(chunks[i].draw.num_top_logprobs for i in drawing)  # type: ignore[union-attr]
+        draws = [draw for chunk in chunks if (draw := chunk.draw) is not None]
+        width = max(draw.num_top_logprobs for draw in draws)
         tops = _top(logprobs_RV, width) if width else None
         drawn = {}
         for row, i in enumerate(drawing):
-            num_top = chunks[i].draw.num_top_logprobs  # type: ignore[union-attr]
+            num_top = draws[row].num_top_logprobs
             top = _narrow(tops, slice(row, row + 1), num_top) if tops and num_top else None
             drawn[i] = (int(tokens_R[row]), float(chosen_R[row]), top)
         return drawn
@@ -154,7 +155,7 @@ class Sampler:
         logits_RV = self._model.head(hidden_RD, self._adapters(slot_R))
         return torch.log_softmax(logits_RV.float(), dim=-1)
 
-    def _to(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def _to(self, array: AnyArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
@@ -186,7 +187,7 @@ def choose_tokens(logprobs_RV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
 
 
 def truncate(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The logits with all but the k likeliest, then all beyond mass p, at -inf. Keeps at least one."""
+    """Logits with all but the k likeliest, then all beyond mass p, at -inf; one always stays."""
     sorted_V, order_V = logits_V.sort(descending=True)
     keep_V = torch.ones_like(sorted_V, dtype=torch.bool)
     if top_k > 0:

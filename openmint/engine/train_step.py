@@ -23,7 +23,7 @@ from openmint.layers.attention import PackedAttention
 from openmint.losses.functions import LOSS_FUNCTIONS
 from openmint.losses.spec import LOSSES
 from openmint.models.model import Batch, Model
-from openmint.types import Datum, FloatArray, LossSpec
+from openmint.types import AnyArray, Datum, FloatArray, LossSpec
 
 HEAD_ROWS = 128
 """Rows whose logits exist at once: 128 x 49,152 fp32 values are 25 MB."""
@@ -110,7 +110,9 @@ def _head(
         chunk_inputs = {name: value[rows] for name, value in inputs.items()}
         grad_CD = None if grad_TD is None else grad_TD[rows]
         chunks.append(
-            _head_chunk(model, work, adapters, hidden_TD[rows], targets_TK[rows], chunk_inputs, grad_CD)
+            _head_chunk(
+                model, work, adapters, hidden_TD[rows], targets_TK[rows], chunk_inputs, grad_CD
+            )
         )
     _scatter_logprobs(work, own, torch.cat(chunks).cpu().numpy())
 
@@ -149,15 +151,17 @@ def _head_chunk(
 
 def _stack_inputs(data: Sequence[Datum], device: torch.device) -> dict[str, Tensor]:
     """Loss inputs of all rows, `(T, K)`; narrower data are padded with zero weight."""
-    width = max(datum.inputs["target_tokens"].reshape(len(datum.tokens_N), -1).shape[1] for datum in data)
+    width = max(
+        datum.inputs["target_tokens"].reshape(len(datum.tokens_N), -1).shape[1] for datum in data
+    )
     stacked: dict[str, Tensor] = {}
     for name in data[0].inputs:
-        columns = [_columns(datum.inputs[name], len(datum.tokens_N), width, name) for datum in data]
+        columns = [_columns(datum.inputs[name], len(datum.tokens_N), width) for datum in data]
         stacked[name] = _to(np.concatenate(columns), device)
     return stacked
 
 
-def _columns(value: np.ndarray, num_tokens: int, width: int, name: str) -> np.ndarray:  # type: ignore[type-arg]
+def _columns(value: AnyArray, num_tokens: int, width: int) -> AnyArray:
     value = value.reshape(num_tokens, -1)
     if value.shape[1] == width:
         return value
@@ -176,5 +180,5 @@ def _scatter_logprobs(work: OpenTrain, own: list[int], logprobs_TK: FloatArray) 
         start += num_tokens
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:  # type: ignore[type-arg]
+def _to(array: AnyArray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)

@@ -7,8 +7,8 @@ An adapter is one flat vector; A and B of every target are views into it. B is k
 that the rows of both belong to one adapter and adapters of any rank stack by concatenation. A batch
 then needs two GEMMs per target however many adapters it holds: `h_TR = x_TI @ A_RI.T`, zero where
 row r isn't the token's own adapter, `y_TO += h_TR @ B_RO`. The same zeros keep each adapter's
-gradient its own: `dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O); a GPU kernel that skips the zero
-blocks (SGMV, arXiv:2310.18547) can stand in for `LoraDelta` behind the same interface.
+gradient its own: `dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O); a GPU kernel that skips the
+zero blocks (SGMV, arXiv:2310.18547) can stand in for `LoraDelta` behind the same interface.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Causal attention over packed tokens: without a cache for training, over pages for sampling.
 
-Shapes: T packed tokens, S sequences, L padded length, H query heads, G key/value heads, D head size,
-P pages of a sequence. Models only see `attend`; an MLA or DSA family brings its own implementation.
+Shapes: T packed tokens, S sequences, L padded length, H query heads, G key/value heads,
+D head size, P pages of a sequence. Models only see `attend`; an MLA or DSA family brings its own.
 """
 
 from __future__ import annotations
@@ -115,11 +115,16 @@ class PagedGroup:
     real_SL: Tensor
     pages_SP: Tensor
     mask_S1QK: Tensor
-    """What to add to scores, 0 or -inf; Q runs over the query heads that share a key head, then L."""
+    """Added to scores, 0 or -inf; Q runs over the query heads that share a key head, then L."""
 
     @staticmethod
     def of(
-        query_SL: Tensor, real_SL: Tensor, pages_SP: Tensor, sees_SLK: Tensor, shared: int, dtype: torch.dtype
+        query_SL: Tensor,
+        real_SL: Tensor,
+        pages_SP: Tensor,
+        sees_SLK: Tensor,
+        shared: int,
+        dtype: torch.dtype,
     ) -> PagedGroup:
         blocked = torch.zeros(sees_SLK.shape, dtype=dtype, device=sees_SLK.device)
         blocked.masked_fill_(~sees_SLK, float("-inf"))

@@ -15,7 +15,6 @@ from torch import Tensor
 from openmint.layers.adapters import AdapterBatch, LoraDelta
 from openmint.types import TargetGroup, TargetModule
 
-
 PACKED_ROWS = 128
 """Up to so many rows a pre-packed weight is faster (1.3x at 32, 2x at 1 on AVX512-BF16); beyond,
 packing is a small share of the work anyway."""
@@ -25,7 +24,7 @@ def _pack(weight_OI: Tensor) -> Tensor | None:
     """The weight in oneDNN's own layout, on CPUs in bf16; None elsewhere."""
     if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.bfloat16:
         return None
-    if not torch.backends.mkldnn.is_available():
+    if not torch._C._has_mkldnn:
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 1)
     return packed
@@ -43,9 +42,7 @@ class Part:
 class LoraLinear:
     """One frozen GEMM, perhaps several fused targets (q, k, v), plus the batch's adapters."""
 
-    def __init__(
-        self, group: TargetGroup, parts: list[tuple[str, Tensor, Tensor | None]]
-    ) -> None:
+    def __init__(self, group: TargetGroup, parts: list[tuple[str, Tensor, Tensor | None]]) -> None:
         """`parts` are `(path, weight_OI, bias_O)` in output order."""
         self.group = group
         weights = [weight for _, weight, _ in parts]

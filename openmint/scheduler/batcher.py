@@ -22,7 +22,12 @@ class Batcher:
     """Waiting and running sequences. Running ones decode first; prefill fills what is left."""
 
     def __init__(
-        self, num_pages: int, page_tokens: int, step_tokens: int, max_running: int, decode: DecodeText
+        self,
+        num_pages: int,
+        page_tokens: int,
+        step_tokens: int,
+        max_running: int,
+        decode: DecodeText,
     ) -> None:
         self.pool = PagePool(num_pages)
         self.page_tokens = page_tokens

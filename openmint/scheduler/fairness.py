@@ -60,5 +60,3 @@ class PhaseClock:
     def charge_serving(self, seconds: float, training_waits: bool) -> None:
         self.serve_seconds += seconds
         self._lead = self._lead - seconds if training_waits else 0.0
-
-

@@ -18,13 +18,17 @@ from openmint.types import RunId, Tenant
 
 @dataclass(eq=False)
 class Entry:
-    """A queued command; `is_open` once begun. For a train work, also which data are still to run."""
+    """A queued command; `is_open` once begun. A train work also says which data are to run."""
 
     work_id: int
     command: RunCommand
     todo: deque[int] = field(default_factory=deque)
     num_unfinished: int = 0
     is_open: bool = False
+    had_company: bool = False
+    """Some micro-batch of this work held another's data too."""
+    is_alone: bool = False
+    """Share no micro-batch: see `start_over_alone`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.command, TrainWork):
@@ -32,6 +36,15 @@ class Entry:
             # Data of like length stand together, so that micro-batches need little padding.
             self.todo.extend(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
             self.num_unfinished = len(lengths)
+
+    def start_over_alone(self) -> None:
+        """Run the whole work again without company.
+
+        In a shared batch another's overflow turns the zeros between adapters into NaN (0 x inf), so
+        a gradient that isn't finite is judged only after the work ran by itself.
+        """
+        self.is_open, self.had_company, self.is_alone = False, False, True
+        self.__post_init__()
 
     @property
     def tenant(self) -> Tenant:
@@ -89,6 +102,8 @@ class Lanes:
         used: list[Entry] = []
         num_tokens = 0
         for entry in entries:
+            if used and (entry.is_alone or used[0].is_alone):
+                continue
             while entry.todo:
                 size = entry.tokens_of(entry.todo[0])
                 if items and num_tokens + size > budget_tokens:
@@ -99,4 +114,6 @@ class Lanes:
                     used.append(entry)
             if num_tokens >= budget_tokens or entry.todo:
                 break
+        for entry in used:
+            entry.had_company |= len(used) > 1
         return MicroBatch(tuple(items), num_tokens), used

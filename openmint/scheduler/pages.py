@@ -17,9 +17,7 @@ from openmint.types import Digest
 PageKey = bytes
 
 
-def page_keys(
-    revision: Digest | None, tokens: Sequence[int], page_tokens: int
-) -> list[PageKey]:
+def page_keys(revision: Digest | None, tokens: Sequence[int], page_tokens: int) -> list[PageKey]:
     """A key for each full page of `tokens`."""
     keys: list[PageKey] = []
     parent = (revision or "base").encode()

@@ -16,7 +16,7 @@ import structlog
 
 from openmint.config import WorkerConfig
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
-from openmint.errors import EngineFailed, InvalidRequest, OpenMintError
+from openmint.errors import EngineFailed, InvalidRequest, NonFinite, OpenMintError
 from openmint.residency.table import SlotTable
 from openmint.scheduler.batcher import Batcher
 from openmint.scheduler.fairness import PhaseClock, TenantClock
@@ -152,7 +152,11 @@ class Scheduler:
         self._micro_batch_tokens = config.micro_batch_tokens
         self._lanes = Lanes()
         self._batcher = Batcher(
-            engine.num_pages, config.page_tokens, config.step_tokens, config.running_sequences, decode
+            engine.num_pages,
+            config.page_tokens,
+            config.step_tokens,
+            config.running_sequences,
+            decode,
         )
         self._slots = SlotTable(config.serving_bytes)
         self._loading: set[Digest] = set()
@@ -187,7 +191,9 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Nothing queued, running or in the background."""
-        return not self._sampling and not any(True for _ in self._lanes) and not self._num_background
+        return (
+            not self._sampling and not any(True for _ in self._lanes) and not self._num_background
+        )
 
     def _busy_tenants(self) -> list[Tenant]:
         training = [entry.tenant for entry in self._lanes]
@@ -271,8 +277,11 @@ class Scheduler:
     def _close(self, entry: Entry) -> None:
         try:
             logprobs, metrics = self._engine.close_train(entry.work_id)
-        except InvalidRequest as error:
-            self._finish_entry(entry, error)
+        except NonFinite as error:
+            if entry.had_company:
+                entry.start_over_alone()
+            else:
+                self._finish_entry(entry, error)
         else:
             self._finish_entry(entry, TrainResult(logprobs, metrics))
 
@@ -524,5 +533,3 @@ def _prompt_tops(parts: list[TopLogprobs], k: int) -> TopLogprobs | None:
     ids = [np.zeros((1, k), dtype=np.int64), *(part.token_ids_NK for part in parts)]
     logprobs = [np.full((1, k), -np.inf, dtype=np.float32), *(p.logprobs_NK for p in parts)]
     return TopLogprobs(np.concatenate(ids), np.concatenate(logprobs))
-
-

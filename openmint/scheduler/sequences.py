@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from openmint.scheduler.work import SampleWork
 from openmint.types import Digest, IntArray, SampledSequence, Tenant, TopLogprobs
 
 DecodeText = Callable[[list[int]], str]
+StopReason = Literal["stop", "length"]
 
 
 @dataclass(eq=False)
@@ -36,7 +38,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     tops: list[TopLogprobs] = field(default_factory=list)
     scored: list[PromptScored] = field(default_factory=list)
-    stop_reason: str | None = None
+    stop_reason: StopReason | None = None
 
     @property
     def tenant(self) -> Tenant:
@@ -100,7 +102,7 @@ class Sequence:
             self.tops.append(outcome.top)
         self.stop_reason = self._stop_reason(outcome.token, decode)
 
-    def _stop_reason(self, token: int, decode: DecodeText) -> str | None:
+    def _stop_reason(self, token: int, decode: DecodeText) -> StopReason | None:
         params = self.work.params
         if token in params.stop_token_ids:
             return "stop"
@@ -121,5 +123,6 @@ class Sequence:
                 np.concatenate([top.token_ids_NK for top in self.tops]),
                 np.concatenate([top.logprobs_NK for top in self.tops]),
             )
-        reason = "stop" if self.stop_reason == "stop" else "length"
-        return SampledSequence(ids, np.array(self.logprobs, dtype=np.float32), reason, top)
+        assert self.stop_reason is not None
+        logprobs_N = np.array(self.logprobs, dtype=np.float32)
+        return SampledSequence(ids, logprobs_N, self.stop_reason, top)

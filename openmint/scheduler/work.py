@@ -9,9 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from openmint.types import (
     AdamParams,
     BaseInfo,
@@ -266,5 +263,3 @@ class WorkerStats:
 
 
 ToGateway = Ready | Done | Failed | Delta | WorkerStats
-
-AnyArray = npt.NDArray[np.generic]

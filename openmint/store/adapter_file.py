@@ -106,8 +106,8 @@ def check_adapter(data: bytes, base: BaseInfo) -> AdapterHeader:
 def from_peft(weights: bytes, adapter_config: Mapping[str, Any], base: BaseInfo) -> bytes:
     """The adapter file of a PEFT folder's adapter_model.safetensors and adapter_config.json.
 
-    Values are rounded to the base's dtype. Raises InvalidRequest with the list of what is missing or
-    not supported, UnsupportedFormat for pickles.
+    Values are rounded to the base's dtype. Raises InvalidRequest with the list of what is missing
+    or not supported, UnsupportedFormat for pickles.
     """
     spec = _peft_spec(adapter_config, header := read_header(weights))
     if not 1 <= spec.rank <= base.max_rank:
@@ -224,7 +224,9 @@ def _not_finite(data: bytes, header: Header) -> list[str]:
     found = []
     for name, entry in header.tensors.items():
         kind, mask = masks[entry.dtype]
-        bits = np.frombuffer(data, kind, (entry.stop - entry.start) // np.dtype(kind).itemsize, entry.start)
+        bits = np.frombuffer(
+            data, kind, (entry.stop - entry.start) // np.dtype(kind).itemsize, entry.start
+        )
         if bool(((bits & mask) == mask).any()):
             found.append(name)
     return found

@@ -88,9 +88,9 @@ class BlobStore:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise
         for folder in (path.parent, path.parent.parent, self._blobs):
             _fsync_folder(folder)

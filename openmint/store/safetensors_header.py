@@ -1,8 +1,8 @@
 """Reading a safetensors file's header without trusting it.
 
-Format: u64 header length, JSON header, tensor bytes end to end. The parser caps the header before it
-looks at it, and refuses what the reference parser lets through: duplicate keys, empty tensors, odd
-names, gaps and overlaps.
+Format: u64 header length, JSON header, tensor bytes end to end. The parser caps the header before
+it looks at it, and refuses what the reference parser lets through: duplicate keys, empty tensors,
+odd names, gaps and overlaps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def read_header(data: bytes) -> Header:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER_BYTES or 8 + length > len(data):
         limit = MAX_HEADER_BYTES
-        raise InvalidRequest(f"not safetensors: header of {length} bytes (limit {limit}) in {len(data)}")
+        raise InvalidRequest(
+            f"not safetensors: header of {length} bytes (limit {limit}) in {len(data)}"
+        )
     raw = _parse(data[8 : 8 + length])
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -63,7 +65,9 @@ def read_header(data: bytes) -> Header:
             raise InvalidRequest(f"safetensors tensor {name!r} leaves a gap or overlaps another")
         position = entry.stop
     if position != len(data):
-        raise InvalidRequest(f"safetensors file has {len(data)} bytes, its tensors end at {position}")
+        raise InvalidRequest(
+            f"safetensors file has {len(data)} bytes, its tensors end at {position}"
+        )
     return Header(metadata, tensors)
 
 
