@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
 from openmint.catalog.records import Segment
 from openmint.errors import InvalidRequest
 from openmint.types import RunId, Tenant
