@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 
 from openmint.api.errors import install_error_handlers
-from openmint.api.routes import health
+from openmint.api.guard import Guard
+from openmint.api.routes import (
+    catalog,
+    health,
+    openai,
+    tinker_checkpoints,
+    tinker_futures,
+    tinker_sampling,
+    tinker_session,
+    tinker_training,
+)
 from openmint.service.gateway import Gateway
 
-ROUTERS = (health.router,)
+ROUTERS = (
+    health.router,
+    tinker_session.router,
+    tinker_training.router,
+    tinker_checkpoints.router,
+    tinker_sampling.router,
+    tinker_futures.router,
+    openai.router,
+    catalog.router,
+)
 
 
 def create_app(gateway: Gateway) -> FastAPI:
     """The application that serves `gateway`; ready to be handed to uvicorn."""
-    app = FastAPI(title="OpenMinT", docs_url=None, redoc_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with gateway.running():
+            yield
+
+    app = FastAPI(title="OpenMinT", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway = gateway
     for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)
+    app.add_middleware(Guard, limits=gateway.settings.service)
     return app

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import Depends, Request
 
-from openmint.errors import Forbidden, Unauthenticated
+from openmint.catalog.records import Principal
+from openmint.errors import Unauthenticated
 from openmint.service.gateway import Gateway
-from openmint.types import Tenant
-
-Role = Literal["admin", "train", "serve", "read"]
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """An authenticated key: whose it is and what it may do."""
-
-    tenant: Tenant
-    role: Role
-    key_id: str
-
-    def require(self, *roles: Role) -> None:
-        """Raises Forbidden unless the key has one of `roles`; an admin key may do everything."""
-        if self.role != "admin" and self.role not in roles:
-            wanted = " or ".join(("admin", *roles))
-            raise Forbidden(f"this key has role {self.role!r}; this call needs {wanted}")
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -46,7 +28,9 @@ def presented_key(request: Request) -> str:
 
 async def authenticate(request: Request) -> Principal:
     """The principal of the request's key. Raises Unauthenticated, the same for every bad key."""
-    raise Unauthenticated(f"unknown key {presented_key(request)[:4]}")
+    principal = gateway_of(request).catalog.authenticate(presented_key(request))
+    request.scope["state"]["log_fields"] = {"tenant": principal.tenant, "key": principal.key_id}
+    return principal
 
 
 Caller = Annotated[Principal, Depends(authenticate)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -17,7 +16,12 @@ from starlette.responses import Response
 
 from openmint import errors
 
-log = structlog.get_logger(__name__)
+
+class HeadTooLarge(errors.RequestError):
+    """The request line and headers are over the limit."""
+
+    code = "head_too_large"
+
 
 STATUS_OF: dict[type[errors.OpenMintError], int] = {
     errors.InvalidRequest: 400,
@@ -29,11 +33,13 @@ STATUS_OF: dict[type[errors.OpenMintError], int] = {
     errors.Gone: 410,
     errors.TooLarge: 413,
     errors.UnsupportedFormat: 415,
+    HeadTooLarge: 431,
     errors.RequestError: 400,
     errors.Overloaded: 503,
     errors.StoreFailed: 503,
     errors.EngineFailed: 503,
     errors.ServiceError: 503,
+    errors.OpenMintError: 500,
 }
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
@@ -90,7 +96,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(errors.OpenMintError, _openmint_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(Exception, _unexpected_error)
 
 
 async def _openmint_error(request: Request, error: Exception) -> Response:
@@ -121,10 +126,3 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     message = f"{where}: {first['msg']}"
     path = request.url.path
     return error_response(path, 400, "invalid_request", message, request_id_of(request))
-
-
-async def _unexpected_error(request: Request, error: Exception) -> Response:
-    request_id = request_id_of(request)
-    log.error("unexpected_error", request_id=request_id, path=request.url.path, exc_info=error)
-    message = f"unexpected failure; report it with request id {request_id}"
-    return error_response(request.url.path, 500, "internal", message, request_id)

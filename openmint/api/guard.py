@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from openmint.api.errors import error_response, status_of
+from openmint.api.errors import HeadTooLarge, error_response, status_of
 from openmint.config import ServiceConfig
 from openmint.errors import InvalidRequest, OpenMintError, TooLarge
 
@@ -25,10 +25,6 @@ _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BRACKETS = re.compile(rb"[\[\]{}]")
 _BINARY = (b"protobuf", b"multipart", b"octet-stream")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/api/v1/healthz"})
-
-
-class HeadTooLarge(OpenMintError):
-    """The request line and headers are over the limit."""
 
 
 class Guard:
@@ -48,10 +44,8 @@ class Guard:
             self._check_head(scope)
             body = await self._read_body(scope, receive)
             await self._app(scope, _replay(body, receive), exchange.send)
-        except HeadTooLarge as error:
-            await exchange.answer(431, error)
         except OpenMintError as error:
-            await exchange.answer(status_of(error, scope["path"]), error)
+            await exchange.answer(error)
         except Exception as error:
             await exchange.answer_unexpected(error)
         finally:
@@ -110,18 +104,19 @@ class Exchange:
                 headers.append((b"x-request-id", self._request_id.encode()))
         await self._send(message)
 
-    async def answer(self, status: int, error: OpenMintError) -> None:
+    async def answer(self, error: OpenMintError) -> None:
         path = self._scope["path"]
+        status = status_of(error, path)
         response = error_response(path, status, error.code, error.message, self._request_id)
         response.headers["Connection"] = "close"
         await response(self._scope, _nothing, self.send)
 
     async def answer_unexpected(self, error: Exception) -> None:
-        """A 500 that only names the request id, unless an answer has already begun."""
+        """An answer that only names the request id, unless an answer has already begun."""
         if not self._status:
             log.error("unexpected_error", request_id=self._request_id, exc_info=error)
             message = f"unexpected failure; report it with request id {self._request_id}"
-            await self.answer(500, OpenMintError(message))
+            await self.answer(OpenMintError(message))
 
     def write_log(self) -> None:
         path = self._scope["path"]

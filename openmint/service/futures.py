@@ -7,6 +7,7 @@ request gets the first one's future. A finished future is kept for a while and t
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import Awaitable
@@ -34,6 +35,7 @@ class ResultFuture:
     done: asyncio.Event = field(default_factory=asyncio.Event)
     result: object = None
     error: OpenMintError | None = None
+    opened_at_seconds: float = field(default_factory=time.monotonic)
     finished_at_seconds: float = 0.0
     task: asyncio.Task[None] | None = None
     encoded: dict[str, tuple[str, bytes]] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Futures:
         return sum(not future.done.is_set() for future in self._by_id.values())
 
     def existing(self, key: Key, fingerprint: bytes) -> ResultFuture | None:
-        """The future of an earlier request under `key`. Raises BodyMismatch if that one differed."""
+        """The future opened earlier under `key`. Raises BodyMismatch if that request differed."""
         future = self._by_key.get(key)
         if future and future.fingerprint != fingerprint:
             name = "/".join(str(part) for part in key[1:])
@@ -86,6 +88,9 @@ class Futures:
                 "a retry must repeat the body, a new request needs a new seq_id"
             )
         return future
+
+    def has(self, key: Key) -> bool:
+        return key in self._by_key
 
     def open(self, tenant: Tenant, kind: str, key: Key, fingerprint: bytes) -> ResultFuture:
         """A new pending future; the caller has seen that there is none under `key`."""
@@ -120,7 +125,30 @@ class Futures:
     def sweep(self, now_seconds: float) -> list[ResultFuture]:
         """Forget what finished more than the time to live ago; returns the forgotten."""
         oldest = now_seconds - self._ttl_seconds
-        old = [f for f in self._by_id.values() if f.done.is_set() and f.finished_at_seconds < oldest]
+        old = [
+            f for f in self._by_id.values() if f.done.is_set() and f.finished_at_seconds < oldest
+        ]
         for future in old:
             self.forget(future)
         return old
+
+    def trace(self, session_id: str) -> bytes:
+        """The timeline of a session's remembered requests, as Chrome trace events in JSON."""
+        events = []
+        for future in self._by_id.values():
+            owner = str(future.key[1])
+            if not owner.startswith(f"{session_id}:"):
+                continue
+            end = future.finished_at_seconds or time.monotonic()
+            events.append(
+                {
+                    "name": future.kind,
+                    "ph": "X",
+                    "ts": future.opened_at_seconds * 1e6,
+                    "dur": (end - future.opened_at_seconds) * 1e6,
+                    "pid": session_id,
+                    "tid": owner,
+                    "args": {"request_id": future.request_id, "key": str(future.key[-1])},
+                }
+            )
+        return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import structlog
+
+from openmint.catalog.catalog import Catalog
 from openmint.config import Settings
+from openmint.errors import OpenMintError
+from openmint.service.adapters import Adapters
+from openmint.service.checkpoints import Checkpoints
+from openmint.service.completions import Completions
+from openmint.service.evaluations import Evaluations
+from openmint.service.futures import Futures
+from openmint.service.promotion import Promotion
+from openmint.service.sampling import Sampling
+from openmint.service.sessions import Sessions
+from openmint.service.targets import Targets
+from openmint.service.tokenizers import TokenizerCache
+from openmint.service.training import Training
 from openmint.service.workers import Workers
+from openmint.store.blobs import BlobStore
 
-if TYPE_CHECKING:
-    from openmint.catalog.catalog import Catalog
-    from openmint.store.blobs import BlobStore
+log = structlog.get_logger(__name__)
+
+SWEEP_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +40,75 @@ class Gateway:
     catalog: Catalog
     store: BlobStore
     workers: Workers
+    futures: Futures
+    sessions: Sessions
+    training: Training
+    sampling: Sampling
+    checkpoints: Checkpoints
+    targets: Targets
+    completions: Completions
+    promotion: Promotion
+    adapters: Adapters
+    evaluations: Evaluations
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Sweep until the exit. Runs of an earlier process are marked lost: their workers ended."""
+        self.catalog.lose_runs()
+        self.evaluations.fail_abandoned()
+        sweeper = asyncio.create_task(self._sweep_forever(), name="sweeper")
+        try:
+            yield
+        finally:
+            await self.evaluations.close()
+            sweeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await sweeper
+
+    async def sweep(self) -> None:
+        """Forget old results, bring records up to date, close and delete what is over."""
+        now = time.monotonic()
+        self.training.forget(self.futures.sweep(now))
+        await self.training.keep_records()
+        await self.sessions.keep_time(now)
+        await self.checkpoints.collect()
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await self.sweep()
+            except OpenMintError as error:
+                log.warning("sweep_failed", error=error.message)
+            except Exception as error:
+                log.error("sweep_failed", exc_info=error)
+
+
+def build_gateway(
+    settings: Settings, catalog: Catalog, store: BlobStore, workers: Workers
+) -> Gateway:
+    """The control plane over these parts; `running` must surround its use."""
+    service = settings.service
+    futures = Futures(service.future_ttl_seconds)
+    sessions = Sessions(catalog, service.session_timeout_seconds)
+    training = Training(catalog, workers, futures, sessions, service.seq_gap_seconds)
+    sampling = Sampling(catalog, workers, futures, sessions)
+    checkpoints = Checkpoints(catalog, store, workers, sessions, training, sampling)
+    targets = Targets(catalog, workers, sampling)
+    completions = Completions(targets, TokenizerCache())
+    return Gateway(
+        settings,
+        catalog,
+        store,
+        workers,
+        futures,
+        sessions,
+        training,
+        sampling,
+        checkpoints,
+        targets,
+        completions,
+        Promotion(catalog),
+        Adapters(catalog, store, workers),
+        Evaluations(catalog, completions),
+    )

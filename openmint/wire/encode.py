@@ -47,7 +47,9 @@ def encode(result: object, accept: str) -> tuple[str, bytes]:
     binary = PROTOBUF in accept
     match result:
         case TrainResult():
-            return (PROTOBUF, _train_proto(result)) if binary else (JSON, _dump(_train_json(result)))
+            if binary:
+                return PROTOBUF, _train_proto(result)
+            return JSON, _dump(_train_json(result))
         case SampleAnswer():
             if binary:
                 return PROTOBUF, _sample_proto(result)

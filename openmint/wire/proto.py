@@ -116,10 +116,7 @@ def _build() -> dict[str, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     find = pool.FindMessageTypeByName
-    return {
-        name: message_factory.GetMessageClass(find(f"{PACKAGE}.{name}"))  # type: ignore[no-untyped-call]
-        for name in MESSAGES
-    }
+    return {name: message_factory.GetMessageClass(find(f"{PACKAGE}.{name}")) for name in MESSAGES}
 
 
 _CLASSES = _build()

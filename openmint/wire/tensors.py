@@ -128,7 +128,8 @@ def densify(
     if len(shape) != 2 or min(shape) < 0:
         raise InvalidRequest(f"{where}: a sparse tensor needs a shape of two sizes, got {shape}")
     num_rows, num_columns = shape
-    counts = np.diff(crow.astype(np.int64))
+    rows = crow.astype(np.int64)
+    counts: IntArray = rows[1:] - rows[:-1]
     fits = (
         crow.size == num_rows + 1
         and int(crow[0]) == 0

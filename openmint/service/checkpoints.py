@@ -1,0 +1,356 @@
+"""Named saves of runs: training states, sampler revisions, external (PEFT) folders.
+
+A save's result means: the bytes are durable in the store and the record is in the catalogue, in
+that order. Lives on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from openmint.catalog.address import TinkerPath
+from openmint.catalog.catalog import Catalog
+from openmint.catalog.records import Checkpoint, Segment
+from openmint.errors import Conflict, InvalidRequest, NotFound, OpenMintError
+from openmint.scheduler.work import ExportRun, RestoreRun, SavedBlob, SaveRun
+from openmint.service import checks
+from openmint.service.fingerprint import fingerprint
+from openmint.service.futures import ResultFuture
+from openmint.service.links import Links
+from openmint.service.resolve import readable_checkpoint
+from openmint.service.sampling import Sampler, Sampling
+from openmint.service.sessions import Sessions
+from openmint.service.training import LiveRun, NewRun, Training
+from openmint.service.workers import Workers
+from openmint.store.adapter_file import to_peft
+from openmint.store.blobs import BlobStore
+from openmint.types import Digest, RunId, SessionId, Tenant
+
+EXTERNAL_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """What a save asks for; without a name it is named by its seq_id."""
+
+    name: str | None
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTo:
+    """Where a copy goes: a run slot of a session, or a session of its own in a project."""
+
+    session_id: SessionId | None
+    model_seq_id: int | None
+    project_id: str | None
+    ttl_seconds: int | None
+
+
+class Checkpoints:
+    """Saves, loads and manages checkpoints."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: BlobStore,
+        workers: Workers,
+        sessions: Sessions,
+        training: Training,
+        sampling: Sampling,
+    ) -> None:
+        self._catalog, self._store, self._workers = catalog, store, workers
+        self._sessions, self._training, self._sampling = sessions, training, sampling
+        self._copies: dict[tuple[Tenant, str], asyncio.Task[TinkerPath]] = {}
+        self._doomed: set[Digest] = set()
+        self._num_saving = 0
+        self.links = Links()
+        sessions.on_close(self.close_session)
+
+    # -- saving -------------------------------------------------------------------------------
+
+    def save_state(self, run: LiveRun, seq: int | None, save: Save) -> ResultFuture:
+        """Save weights, moments and step count. Durable when the future resolves."""
+        return self._save(run, seq, save, "weights", SaveRun(run.run_id, run.tenant))
+
+    def save_for_sampler(self, run: LiveRun, seq: int | None, save: Save) -> ResultFuture:
+        """Make a named revision; the policy's alias `latest` moves to it."""
+        command = ExportRun(run.run_id, run.tenant, keep_resident=True)
+        return self._save(run, seq, save, "sampler_weights", command)
+
+    def save_external(self, run: LiveRun, seq: int | None, save: Save) -> ResultFuture:
+        """Save a PEFT folder for download."""
+        command = ExportRun(run.run_id, run.tenant, keep_resident=False)
+        return self._save(run, seq, save, "external_weights", command)
+
+    def _save(
+        self,
+        run: LiveRun,
+        seq: int | None,
+        save: Save,
+        segment: Segment,
+        command: SaveRun | ExportRun,
+    ) -> ResultFuture:
+        kind = {
+            "weights": "save_weights",
+            "sampler_weights": "save_weights_for_sampler",
+            "external_weights": "save_weights_external",
+        }[segment]
+        name = save.name if save.name is not None else f"seq-{seq or 0}"
+        path = TinkerPath(run.run_id, segment, checks.check_name(name, "path"))
+
+        async def start() -> object:
+            with self._saving():
+                blob = await self._training.call(run, command)
+                assert isinstance(blob, SavedBlob)
+                await asyncio.to_thread(
+                    self._catalog.add_checkpoint,
+                    run.tenant,
+                    run.run_id,
+                    segment,
+                    name,
+                    blob,
+                    expires_at=_expiry(save.ttl_seconds),
+                    overwrite=save.overwrite,
+                    user_metadata=save.user_metadata,
+                )
+            return {"path": str(path), "size_bytes": blob.size_bytes, "type": kind}
+
+        content = fingerprint(kind, save)
+        if not self._training.is_known(run, seq) and not save.overwrite:
+            self._refuse_taken(run, path)
+        return self._training.submit(run, seq, kind, content, start)
+
+    def _refuse_taken(self, run: LiveRun, path: TinkerPath) -> None:
+        try:
+            self._catalog.checkpoint(run.tenant, run.run_id, path.segment, path.name)
+        except NotFound:
+            return
+        raise Conflict(f"checkpoint {path} exists; choose another name, or send overwrite=true")
+
+    def open_sampler(
+        self, run: LiveRun, seq: int | None, sampling_seq: int, *, inflight: bool
+    ) -> ResultFuture:
+        """A sampler on the run's current weights, handed over without a name.
+
+        With `inflight`, later in-flight saves of the run move this sampler to their weights.
+        """
+        sampler_id = f"{run.session_id}:sample:{sampling_seq}"
+        command = ExportRun(run.run_id, run.tenant, keep_resident=True)
+
+        async def start() -> object:
+            with self._saving():
+                blob = await self._training.call(run, command)
+                assert isinstance(blob, SavedBlob)
+                await asyncio.to_thread(
+                    self._catalog.add_run_revision, run.tenant, run.run_id, blob, ephemeral=True
+                )
+            sampler = Sampler(sampler_id, run.tenant, run.session_id, run.base, blob.digest, None)
+            sampler = await self._sampling.add(sampler)
+            if inflight:
+                sampler.inflight_run = run.run_id
+                self._sampling.publish_inflight(run.run_id, blob.digest)
+            return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+
+        content = fingerprint("sampler", sampling_seq, inflight)
+        return self._training.submit(run, seq, "save_weights_for_sampler", content, start)
+
+    # -- loading ------------------------------------------------------------------------------
+
+    def readable(self, tenant: Tenant, path: str) -> Checkpoint:
+        """The tenant's own checkpoint, or a published one. Raises InvalidRequest, NotFound."""
+        return readable_checkpoint(self._catalog, tenant, path)
+
+    def load(self, run: LiveRun, seq: int | None, path: str, *, optimizer: bool) -> ResultFuture:
+        """Overwrite a run's weights, and with `optimizer` its moments and step count."""
+        found = self._loadable(run.tenant, path, optimizer)
+        if found.base_digest != run.base.digest:
+            raise InvalidRequest(f"{path} belongs to base {found.base_name}, not {run.base.name}")
+        if found.spec != run.spec:
+            raise InvalidRequest(
+                f"{path} holds {found.spec}, the run trains {run.spec}; "
+                "start a run from it with create_training_client_from_state"
+            )
+        command = _restore(run.run_id, run.tenant, found, optimizer)
+
+        async def start() -> object:
+            await self._training.call(run, command)
+            return {"path": path, "model_id": run.run_id, "type": "load_weights"}
+
+        content = fingerprint("load", path, optimizer)
+        return self._training.submit(run, seq, "load_weights", content, start)
+
+    def create_from(
+        self,
+        tenant: Tenant,
+        session_id: SessionId,
+        model_seq_id: int,
+        path: str,
+        *,
+        optimizer: bool,
+        base_model: str | None,
+        user_metadata: Mapping[str, str],
+    ) -> tuple[NewRun, ResultFuture]:
+        """Start a run that has the checkpoint's shape and weights."""
+        found = self._loadable(tenant, path, optimizer)
+        base = self._workers.by_digest(found.base_digest).base
+        if base_model and self._workers.by_name(base_model).base.digest != base.digest:
+            raise InvalidRequest(f"{path} belongs to base {base.name}, not {base_model}")
+        new = NewRun(tenant, session_id, model_seq_id, base, found.spec, user_metadata)
+        command = _restore(new.run_id, tenant, found, optimizer)
+        content = fingerprint(new, path, optimizer)
+        return new, self._training.open_run(new, "load_weights", content, command)
+
+    def _loadable(self, tenant: Tenant, path: str, optimizer: bool) -> Checkpoint:
+        found = self.readable(tenant, path)
+        if found.segment == "external_weights":
+            raise InvalidRequest(f"{path} is for download only; load a weights checkpoint")
+        if optimizer and found.segment != "weights":
+            raise InvalidRequest(f"{path} holds no optimizer state; load it with optimizer=false")
+        return found
+
+    # -- managing -----------------------------------------------------------------------------
+
+    async def delete(self, tenant: Tenant, path: TinkerPath, *, actor: str) -> None:
+        """Delete the record; bytes that nothing else needs are collected. Raises NotFound."""
+        gone = await asyncio.to_thread(
+            self._catalog.delete_checkpoint,
+            tenant,
+            path.run_id,
+            path.segment,
+            path.name,
+            actor=actor,
+        )
+        self._doomed.add(gone.digest)
+
+    async def set_public(
+        self, tenant: Tenant, path: TinkerPath, *, public: bool, actor: str
+    ) -> None:
+        """Publish or withdraw. Raises NotFound."""
+        await asyncio.to_thread(
+            self._catalog.set_checkpoint_public,
+            tenant,
+            path.run_id,
+            path.segment,
+            path.name,
+            public,
+            actor=actor,
+        )
+
+    async def set_ttl(self, tenant: Tenant, path: TinkerPath, ttl_seconds: int | None) -> None:
+        """Have it expire that long from now; None for never. Raises NotFound."""
+        await asyncio.to_thread(
+            self._catalog.set_checkpoint_expiry,
+            tenant,
+            path.run_id,
+            path.segment,
+            path.name,
+            _expiry(ttl_seconds),
+        )
+
+    def external_links(
+        self, tenant: Tenant, path: TinkerPath
+    ) -> tuple[dict[str, tuple[Digest, str]], datetime]:
+        """Per file of an external checkpoint its digest and link token, and when they expire."""
+        found = self._catalog.checkpoint(tenant, path.run_id, path.segment, path.name)
+        if path.segment != "external_weights":
+            raise InvalidRequest(f"{path} is not an external_weights checkpoint")
+        files, expires = {}, 0.0
+        for file in EXTERNAL_FILES:
+            token, expires = self.links.sign(f"{found.base_digest}/{found.digest}/{file}")
+            files[file] = (found.digest, f"{found.base_digest}-{token}")
+        return files, datetime.fromtimestamp(expires, UTC)
+
+    async def external_file(self, digest: str, file: str, token: str) -> bytes:
+        """One file of a PEFT folder, for a signed token. Raises NotFound."""
+        base_digest, _, signature = token.partition("-")
+        self.links.check(f"{base_digest}/{digest}/{file}", signature)
+        base = self._workers.by_digest(Digest(base_digest)).base
+        data = await asyncio.to_thread(self._store.get, Digest(digest))
+        return (await asyncio.to_thread(to_peft, data, base))[file]
+
+    async def copy(
+        self, tenant: Tenant, source_path: str, to: CopyTo, retry_key: str | None
+    ) -> TinkerPath:
+        """The path of a copy, which shares the source's bytes; the same for a retry."""
+        if retry_key is None:
+            return await self._copy(tenant, source_path, to)
+        key = (tenant, retry_key)
+        if key not in self._copies:
+            self._copies[key] = asyncio.create_task(self._copy(tenant, source_path, to))
+        try:
+            return await asyncio.shield(self._copies[key])
+        except OpenMintError:
+            self._copies.pop(key, None)
+            raise
+
+    async def _copy(self, tenant: Tenant, source_path: str, to: CopyTo) -> TinkerPath:
+        found = self.readable(tenant, source_path)
+        base = self._workers.by_digest(found.base_digest).base
+        session_id, model_seq_id = to.session_id, to.model_seq_id or 0
+        if session_id is None:
+            session_id = await self._sessions.create(
+                tenant,
+                None,
+                user_metadata={},
+                display_name=f"copy of {found.name}",
+                project_id=to.project_id,
+                tags=(),
+            )
+            await self._sessions.finish(tenant, session_id, "success")
+        else:
+            self._sessions.touch(tenant, session_id)
+        new = NewRun(tenant, session_id, model_seq_id, base, found.spec, {})
+        await asyncio.to_thread(self._training.register, new)
+        await asyncio.to_thread(
+            self._catalog.add_checkpoint,
+            tenant,
+            new.run_id,
+            found.segment,
+            found.name,
+            found,
+            expires_at=_expiry(to.ttl_seconds),
+        )
+        return TinkerPath(new.run_id, found.segment, found.name)
+
+    # -- bytes that nothing needs -------------------------------------------------------------
+
+    async def close_session(self, tenant: Tenant, session_id: SessionId) -> None:
+        """Let go of the session's unnamed revisions."""
+        self._doomed.update(
+            await asyncio.to_thread(self._catalog.delete_ephemeral, tenant, session_id)
+        )
+
+    async def collect(self) -> None:
+        """Drop expired checkpoints, and the bytes of all that is gone, unless a save is under way:
+        it may be about to refer to the same bytes."""
+        expired = await asyncio.to_thread(self._catalog.delete_expired_checkpoints)
+        self._doomed.update(checkpoint.digest for checkpoint in expired)
+        while self._doomed and not self._num_saving:
+            digest = self._doomed.pop()
+            if not self._catalog.is_referenced(digest):
+                self._store.delete(digest)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        self._num_saving += 1
+        try:
+            yield
+        finally:
+            self._num_saving -= 1
+
+
+def _expiry(ttl_seconds: int | None) -> datetime | None:
+    return None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)
+
+
+def _restore(run_id: RunId, tenant: Tenant, found: Checkpoint, optimizer: bool) -> RestoreRun:
+    kind: Literal["training", "revision"] = "training" if found.segment == "weights" else "revision"
+    return RestoreRun(run_id, tenant, found.digest, kind, optimizer)
