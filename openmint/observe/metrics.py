@@ -60,7 +60,7 @@ class Metrics:
     """What the gateway counts; one per process, joined in `cli/serve.py`."""
 
     def __init__(self, version: str = "0") -> None:
-        disable_created_metrics()  # a second series per counter that nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "openmint_http_requests",

@@ -1,0 +1,5 @@
+"""`python -m openmint` is the `openmint` command."""
+
+from openmint.cli.main import main
+
+main()

@@ -1,0 +1,296 @@
+"""Policies, revisions, aliases, evaluation, promotion: the catalogue of a running server."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openmint.catalog.address import PolicyAddress
+from openmint.cli.output import JsonFlag, YesFlag, confirm, console, fail, progress, show
+from openmint.cli.remote import (
+    DEFAULT_DATA,
+    DEFAULT_URL,
+    DataOption,
+    KeyOption,
+    Remote,
+    UrlOption,
+    connect,
+)
+from openmint.errors import InvalidRequest, NotFound
+
+policies = typer.Typer(help="Policies: what is trained and served.", no_args_is_help=True)
+revisions = typer.Typer(help="Revisions: immutable adapters of a policy.", no_args_is_help=True)
+aliases = typer.Typer(help="Aliases: movable names of revisions.", no_args_is_help=True)
+
+PolicyArgument = Annotated[str, typer.Argument(metavar="TENANT/POLICY")]
+LimitOption = Annotated[int, typer.Option(help="At most this many.", min=1)]
+AliasOption = Annotated[str, typer.Option("--alias", help="Name to move.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
+
+POLICY_COLUMNS = ("policy", "base", "created_at")
+REVISION_COLUMNS = (
+    "number", "digest", "num_optim_steps", "rank", "alpha", "size_bytes", "origin", "created_at",
+)  # fmt: skip
+PAGE_ITEMS = 200
+POLL_SECONDS = 0.5
+ALIAS_COLUMNS = ("alias", "digest", "version", "updated_at")
+EVENT_COLUMNS = (
+    "event_id", "action", "from_digest", "to_digest", "actor", "reason", "created_at",
+)  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(policies, name="policies")
+    app.add_typer(revisions, name="revisions")
+    app.add_typer(aliases, name="aliases")
+    app.command()(evaluate)
+    app.command()(promote)
+    app.command()(rollback)
+
+
+@policies.command("ls")
+def list_policies(
+    limit: LimitOption = 100,
+    search: Annotated[str | None, typer.Option(help="Only names that contain this.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Another tenant's (admin keys).")] = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """The tenant's policies."""
+    with connect(url, key, data) as remote:
+        items = _policies(remote, limit, search=search, tenant=tenant)
+    show(items, as_json=as_json, columns=POLICY_COLUMNS)
+
+
+@policies.command("show")
+def show_policy(
+    policy: PolicyArgument,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """One policy with its aliases."""
+    with connect(url, key, data) as remote:
+        show(remote.get(policy_path(policy)), as_json=as_json)
+
+
+@revisions.command("ls")
+def list_revisions(
+    policy: PolicyArgument,
+    limit: LimitOption = 100,
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="Unnamed saves of training too.")
+    ] = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """The revisions of a policy, newest first."""
+    with connect(url, key, data) as remote:
+        items = _revisions(remote, f"{policy_path(policy)}/revisions", limit, ephemeral)
+    show(items, as_json=as_json, columns=REVISION_COLUMNS)
+
+
+@revisions.command("show")
+def show_revision(
+    revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY[@ALIAS|@sha256:…]")],
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """One revision: digest, base, rank, parent, optimizer steps, evaluations."""
+    with connect(url, key, data) as remote:
+        show(remote.get(revision_path(remote, revision)), as_json=as_json)
+
+
+@aliases.command("ls")
+def list_aliases(
+    policy: PolicyArgument,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """The aliases of a policy and what they name now."""
+    with connect(url, key, data) as remote:
+        items = remote.get(f"{policy_path(policy)}/aliases")["aliases"]
+    show(items, as_json=as_json, columns=ALIAS_COLUMNS)
+
+
+@aliases.command("history")
+def alias_history(
+    policy: PolicyArgument,
+    alias: AliasOption = "prod",
+    limit: LimitOption = 100,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Every move of an alias, newest first."""
+    with connect(url, key, data) as remote:
+        path = f"{policy_path(policy)}/aliases/{alias}/history"
+        items = remote.get(path, limit=min(limit, 1000))["events"]
+    show(items, as_json=as_json, columns=EVENT_COLUMNS)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A base, tenant/policy, …@alias or …@sha256:…")],
+    task: Annotated[
+        str, typer.Option("--task", help="Task file (JSON), or name or digest of a stored task.")
+    ],
+    n: Annotated[int | None, typer.Option("--n", help="Only the first n items.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Score a model on a task; the result is stored with the revision, task digest, seed and n."""
+    body = {
+        "model": model,
+        "task": _read_json(Path(task)) if Path(task).is_file() else task,
+        "n": n,
+        "seed": seed,
+        "temperature": temperature,
+    }
+    with connect(url, key, data) as remote, progress(f"evaluating {model}") as bar:
+        result = remote.post("/catalog/v1/evaluations", body)
+        while result["status"] == "running":
+            time.sleep(POLL_SECONDS)
+            result = remote.get(f"/catalog/v1/evaluations/{result['evaluation_id']}")
+            done = result.get("progress", {}).get("num_done", 0)
+            bar.update(bar.task_ids[0], completed=done, total=result["n"])
+    show(result, as_json=as_json)
+    if result["status"] != "finished":
+        fail(f"the evaluation {result['status']}: {result['error']}")
+
+
+def promote(
+    revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY@sha256:…|@ALIAS")],
+    alias: AliasOption = "prod",
+    reason: ReasonOption = "",
+    if_version: Annotated[
+        int | None, typer.Option(help="Only if the alias is still at this version.")
+    ] = None,
+    yes: YesFlag = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Point an alias at a revision; the next request is answered by it."""
+    address = PolicyAddress.parse(revision)
+    target = address.alias or address.digest_prefix
+    if target is None:
+        raise InvalidRequest(f"say which revision: {revision}@sha256:… or {revision}@latest")
+    policy = f"{address.tenant}/{address.policy}"
+    confirm(f"Point {policy}@{alias} at {target}?", yes=yes)
+    with connect(url, key, data) as remote:
+        path = f"{policy_path(policy)}/aliases/{alias}/promote"
+        moved = remote.post(path, {"revision": target, "reason": reason}, if_match=if_version)
+    _show_move(policy, moved, as_json=as_json)
+
+
+def rollback(
+    policy: PolicyArgument,
+    alias: AliasOption = "prod",
+    reason: ReasonOption = "",
+    if_version: Annotated[
+        int | None, typer.Option(help="Only if the alias is still at this version.")
+    ] = None,
+    yes: YesFlag = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Point an alias back at what it named before its last move."""
+    path = f"{policy_path(policy)}/aliases/{alias}/rollback"
+    confirm(f"Roll {policy}@{alias} back?", yes=yes)
+    with connect(url, key, data) as remote:
+        moved = remote.post(path, {"reason": reason}, if_match=if_version)
+    _show_move(policy, moved, as_json=as_json)
+
+
+def policy_path(policy: str) -> str:
+    """The route of `tenant/policy`. Raises InvalidRequest when it isn't one."""
+    address = PolicyAddress.parse(policy)
+    if address.alias or address.digest_prefix:
+        raise InvalidRequest(f"{policy!r} names a revision; give tenant/policy alone")
+    return f"/catalog/v1/policies/{address.tenant}/{address.policy}"
+
+
+def revision_path(remote: Remote, revision: str) -> str:
+    """The route of `tenant/policy[@alias|@digest]`; without either, of what is served by default.
+
+    Raises NotFound when the policy has no such alias.
+    """
+    address = PolicyAddress.parse(revision)
+    policy = policy_path(f"{address.tenant}/{address.policy}")
+    digest = address.digest_prefix or _digest_of(remote, policy, address)
+    return f"{policy}/revisions/{digest}"
+
+
+def _digest_of(remote: Remote, policy: str, address: PolicyAddress) -> str:
+    named = {alias["alias"]: alias["digest"] for alias in remote.get(policy)["aliases"]}
+    wanted = [address.alias] if address.alias else ["prod", "latest"]
+    digest = next((named[alias] for alias in wanted if alias in named), None)
+    if digest is None:
+        known = ", ".join(sorted(named)) or "none"
+        raise NotFound(f"{address} names no revision; aliases of the policy: {known}")
+    return str(digest)
+
+
+def _policies(remote: Remote, limit: int, *, search: str | None, tenant: str | None) -> list[Any]:
+    items: list[Any] = []
+    cursor: str | None = None
+    while len(items) < limit:
+        size = min(limit - len(items), PAGE_ITEMS)
+        page = remote.get(
+            "/catalog/v1/policies", limit=size, cursor=cursor, search=search, tenant=tenant
+        )
+        items += page["policies"]
+        cursor = page["next_cursor"]
+        if not cursor:
+            break
+    return items
+
+
+def _revisions(remote: Remote, path: str, limit: int, ephemeral: bool) -> list[Any]:
+    items: list[Any] = []
+    before: int | None = None
+    while len(items) < limit:
+        size = min(limit - len(items), PAGE_ITEMS)
+        page = remote.get(path, limit=size, before=before, ephemeral=ephemeral)["revisions"]
+        items += page
+        if len(page) < size:
+            break
+        before = page[-1]["number"]
+    return items
+
+
+def _show_move(policy: str, moved: Any, *, as_json: bool) -> None:
+    if as_json:
+        show(moved, as_json=True)
+    else:
+        console.print(
+            f"{policy}@{moved['alias']} is {moved['digest']} (version {moved['version']})"
+        )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InvalidRequest(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,64 @@
+"""The data folder as commands see it: its catalogue, its lock, its first key."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from openmint.catalog.catalog import Catalog
+from openmint.config import Settings
+from openmint.errors import Conflict, InvalidRequest
+
+ADMIN_KEY_FILE, DATABASE_FILE = "admin.key", "openmint.db"
+
+
+def catalog_url(settings: Settings) -> str:
+    """The configured database, else SQLite inside the data folder."""
+    return settings.database_url or f"sqlite:///{settings.data.resolve() / DATABASE_FILE}"
+
+
+@contextmanager
+def opened_catalog(settings: Settings, *, create: bool) -> Iterator[Catalog]:
+    """The catalogue of a data folder; beside a running server too, as SQLite takes turns.
+
+    Raises InvalidRequest when there is no such folder and `create` is False.
+    """
+    data = settings.data
+    if not (create or settings.database_url or (data / DATABASE_FILE).is_file()):
+        raise InvalidRequest(f"{data} holds no {DATABASE_FILE}; give --data, or start a server")
+    data.mkdir(parents=True, exist_ok=True)
+    catalog = Catalog.open(catalog_url(settings))
+    try:
+        yield catalog
+    finally:
+        catalog.close()
+
+
+@contextmanager
+def sole_server(data: Path) -> Iterator[None]:
+    """Hold the folder for one server. Raises Conflict while another one holds it."""
+    data.mkdir(parents=True, exist_ok=True)
+    with (data / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                f"another server uses {data}; stop it, or give this one a --data of its own"
+            ) from None
+        yield
+
+
+def write_admin_key(data: Path, key: str) -> Path:
+    """Put the first key where only this user reads it; returns the file."""
+    path = data / ADMIN_KEY_FILE
+    part = path.with_suffix(".part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(key + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    return path

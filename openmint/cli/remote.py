@@ -1,0 +1,112 @@
+"""Commands that talk to a running server: where it is, which key to use, what its errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from openmint import errors
+from openmint.cli.output import fail
+
+TIMEOUT_SECONDS = 600.0
+ERROR_OF_STATUS: dict[int, type[errors.OpenMintError]] = {
+    400: errors.InvalidRequest,
+    401: errors.Unauthenticated,
+    403: errors.Forbidden,
+    404: errors.NotFound,
+    409: errors.Conflict,
+    410: errors.Gone,
+    412: errors.Conflict,
+    413: errors.TooLarge,
+    415: errors.UnsupportedFormat,
+    422: errors.InvalidRequest,
+}
+
+UrlOption = Annotated[
+    str, typer.Option("--url", envvar="OPENMINT_URL", help="Address of the server.")
+]
+KeyOption = Annotated[
+    str,
+    typer.Option(
+        "--key",
+        envvar=["OPENMINT_API_KEY", "TINKER_API_KEY"],
+        help="API key; otherwise the one in DATA/admin.key.",
+        show_envvar=True,
+        show_default=False,
+    ),
+]
+DataOption = Annotated[
+    Path, typer.Option("--data", envvar="OPENMINT_DATA", help="Data folder of the server.")
+]
+DEFAULT_URL, DEFAULT_DATA = "http://127.0.0.1:8411", Path("openmint-data")
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Calls of one server with one key."""
+
+    client: httpx.Client
+
+    def get(self, path: str, **params: Any) -> Any:
+        return self.send("GET", path, params=_present(params))
+
+    def post(self, path: str, body: dict[str, Any], *, if_match: int | None = None) -> Any:
+        headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
+        return self.send("POST", path, json=_present(body), headers=headers)
+
+    def send(self, method: str, path: str, **options: Any) -> Any:
+        """The JSON answer. Raises the error of `openmint.errors` that the status stands for."""
+        response = self.client.request(method, path, **options)
+        check(response)
+        return response.json()
+
+
+def check(response: httpx.Response) -> None:
+    """Raises unless the answer is a success; the message is the server's own."""
+    if response.is_success:
+        return
+    response.read()
+    kind = ERROR_OF_STATUS.get(response.status_code, errors.ServiceError)
+    raise kind(_message_of(response))
+
+
+@contextmanager
+def connect(url: str, key: str, data: Path) -> Iterator[Remote]:
+    """A connection to the server. Leaves with exit code 1 when nothing answers there."""
+    headers = {"Authorization": f"Bearer {key or key_in(data)}"}
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_SECONDS) as client:
+            yield Remote(client)
+    except httpx.TransportError as error:
+        fail(f"no answer from {url} ({error}); start it with `openmint serve`, or give --url")
+
+
+def key_in(data: Path) -> str:
+    """The key that the first start of a local server wrote. Raises Unauthenticated without one."""
+    path = data / "admin.key"
+    try:
+        return path.read_text().strip()
+    except OSError:
+        raise errors.Unauthenticated(
+            f"no API key: give --key or set OPENMINT_API_KEY; there is no {path} to read one from"
+        ) from None
+
+
+def _message_of(response: httpx.Response) -> str:
+    try:
+        body = response.json()
+    except ValueError:
+        return f"{response.status_code} from {response.url}"
+    error = body.get("error")
+    message = error.get("message") if isinstance(error, dict) else body.get("detail")
+    return str(message or f"{response.status_code} from {response.url}")
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

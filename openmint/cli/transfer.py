@@ -1,0 +1,124 @@
+"""`openmint import` and `openmint export`: PEFT folders in and out, merged models out."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openmint.cli.catalog_commands import policy_path, revision_path
+from openmint.cli.output import JsonFlag, console, progress, show
+from openmint.cli.remote import (
+    DEFAULT_DATA,
+    DEFAULT_URL,
+    DataOption,
+    KeyOption,
+    Remote,
+    UrlOption,
+    check,
+    connect,
+)
+from openmint.errors import InvalidRequest, UnsupportedFormat
+from openmint.models.embedded import EMBEDDED_BASE, resolve_base
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("import")(import_adapter)
+    app.command("export")(export_revision)
+
+
+def import_adapter(
+    directory: Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="PEFT_FOLDER")],
+    policy: Annotated[str, typer.Option("--policy", metavar="TENANT/POLICY", help="Its policy.")],
+    base: Annotated[
+        str, typer.Option("--base", help="Resident base that it was trained on.")
+    ] = EMBEDDED_BASE,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Add a PEFT adapter as a revision of a policy; refused with the list of what doesn't fit."""
+    weights = _weights_in(directory)
+    config = directory / CONFIG_FILE
+    if not config.is_file():
+        raise InvalidRequest(f"{directory} holds no {CONFIG_FILE}; it isn't a PEFT folder")
+    files = {
+        "adapter_config": (CONFIG_FILE, config.read_bytes(), "application/json"),
+        "adapter_model": (WEIGHTS_FILE, weights.read_bytes(), "application/octet-stream"),
+    }
+    with connect(url, key, data) as remote, progress(f"importing {directory.name}"):
+        path = f"{policy_path(policy)}/revisions"
+        added = remote.send("POST", path, files=files, data={"base": base})
+    show(added, as_json=as_json)
+
+
+def export_revision(
+    revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY[@ALIAS|@sha256:…]")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="A whole Hugging Face model with the adapter inside.")
+    ] = False,
+    base: Annotated[
+        str, typer.Option("--base", help="Folder of the base for --merged; else as the server's.")
+    ] = "",
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Write a revision as a PEFT folder, or merged into its base as an ordinary model."""
+    if directory.exists():
+        raise InvalidRequest(f"{directory} exists already; give a folder that doesn't")
+    with connect(url, key, data) as remote, progress(f"exporting {revision}"):
+        files = download(remote, revision)
+        if merged:
+            name = base or remote.get(revision_path(remote, revision))["base"]
+            _write_merged(files, resolve_base(name, data), directory)
+        else:
+            _write_files(files, directory)
+    console.print(str(directory))
+
+
+def download(remote: Remote, revision: str) -> dict[str, bytes]:
+    """The files of the revision's PEFT folder."""
+    response = remote.client.get(f"{revision_path(remote, revision)}/peft")
+    check(response)
+    with tarfile.open(fileobj=io.BytesIO(response.content)) as archive:
+        members = {name: archive.extractfile(name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        return {name: member.read() for name, member in members.items() if member}
+
+
+def _write_files(files: dict[str, bytes], directory: Path) -> None:
+    directory.mkdir(parents=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
+def _write_merged(files: dict[str, bytes], base: Path, directory: Path) -> None:
+    # torch takes seconds to load, and nothing else in the command line needs it.
+    from safetensors.torch import load
+
+    from openmint.models.merge import merge_into_folder
+
+    config = json.loads(files[CONFIG_FILE])
+    scaling = config["lora_alpha"] / config["r"]
+    merge_into_folder(base, load(files[WEIGHTS_FILE]), scaling, directory)
+
+
+def _weights_in(directory: Path) -> Path:
+    """The adapter's safetensors file. Raises UnsupportedFormat for a pickle."""
+    path = directory / WEIGHTS_FILE
+    if path.is_file():
+        return path
+    if pickles := sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt")):
+        raise UnsupportedFormat(
+            f"{pickles[0].name} is a pickle, which can run code when read; save the adapter again "
+            "with safe_serialization=True"
+        )
+    raise InvalidRequest(f"{directory} holds no {WEIGHTS_FILE}")
