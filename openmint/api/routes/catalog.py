@@ -1,0 +1,440 @@
+"""Catalogue routes under /catalog/v1: policies, revisions, aliases, evaluations, keys, audit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.responses import Response
+
+from openmint.api.auth import App, Caller
+from openmint.api.bodies import read
+from openmint.catalog.records import Alias, Principal, Revision
+from openmint.errors import InvalidRequest, NotFound, UnsupportedFormat
+from openmint.service.adapters import parse_config
+from openmint.service.evaluations import EvaluationRequest
+from openmint.service.gateway import Gateway
+from openmint.service.promotion import full_digest, parse_if_match
+from openmint.types import Tenant
+from openmint.wire import catalog as wire
+from openmint.wire.openai import parse_json
+
+router = APIRouter(prefix="/catalog/v1", tags=["catalog"])
+
+READERS = ("read", "serve", "train")
+"""Roles that may look; an admin key may do everything."""
+MAX_CONFIG_BYTES = 1 << 20
+
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Cursor = Annotated[str | None, Query(max_length=128)]
+RowId = Annotated[int, Path(ge=1, lt=1 << 62)]
+IfMatch = Annotated[str | None, Header()]
+
+POLICY = "/policies/{tenant}/{name}"
+REVISION = POLICY + "/revisions/{reference}"
+ALIAS = POLICY + "/aliases/{alias}"
+
+
+# -- policies and revisions -----------------------------------------------------------------------
+
+
+@router.get("/policies")
+async def list_policies(
+    caller: Caller,
+    gateway: App,
+    tenant: str | None = None,
+    search: Annotated[str | None, Query(max_length=128)] = None,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+) -> wire.Json:
+    """A tenant's policies by name; `search` matches any part of a name."""
+    caller.require(*READERS)
+    owner = _owned(caller, tenant or caller.tenant)
+    found = await asyncio.to_thread(
+        gateway.catalog.policies, owner, limit=limit, after=cursor, text=search
+    )
+    return _page([wire.encode_policy(policy) for policy in found], limit, "name")
+
+
+@router.get(POLICY)
+async def get_policy(tenant: str, name: str, caller: Caller, gateway: App) -> wire.Json:
+    """A policy with its aliases."""
+    caller.require(*READERS)
+    owner = _owned(caller, tenant)
+    policy = gateway.catalog.policy(owner, name)
+    aliases = gateway.catalog.aliases(owner, name)
+    return {**wire.encode_policy(policy), "aliases": [wire.encode_alias(a) for a in aliases]}
+
+
+@router.get(POLICY + "/revisions")
+async def list_revisions(
+    tenant: str,
+    name: str,
+    caller: Caller,
+    gateway: App,
+    cursor: Cursor = None,
+    ephemeral: bool = False,
+    limit: Limit = 100,
+) -> wire.Json:
+    """A policy's revisions, newest first; with `ephemeral` also the unnamed saves of training."""
+    caller.require(*READERS)
+    found = gateway.catalog.revisions(
+        _owned(caller, tenant),
+        name,
+        limit=limit,
+        before_number=_number(cursor),
+        with_ephemeral=ephemeral,
+    )
+    return _page([wire.encode_revision(revision) for revision in found], limit, "number")
+
+
+@router.get(REVISION)
+async def get_revision(
+    tenant: str, name: str, reference: str, caller: Caller, gateway: App
+) -> wire.Json:
+    """A revision by digest, the start of one, alias or `default`, with its evaluations."""
+    caller.require(*READERS)
+    revision = _revision(gateway, caller, tenant, name, reference)
+    evaluations = gateway.catalog.evaluations(
+        revision.tenant, policy=revision.policy_name, digest=revision.digest
+    )
+    shown = [wire.encode_evaluation(evaluation) for evaluation in evaluations]
+    return {**wire.encode_revision(revision), "evaluations": shown}
+
+
+@router.get(REVISION + "/lineage")
+async def get_lineage(
+    tenant: str, name: str, reference: str, caller: Caller, gateway: App
+) -> wire.Json:
+    """The revision and its ancestors, nearest first."""
+    caller.require(*READERS)
+    revision = _revision(gateway, caller, tenant, name, reference)
+    lineage = gateway.catalog.lineage(revision.tenant, name, revision.digest)
+    return {"items": [wire.encode_revision(ancestor) for ancestor in lineage]}
+
+
+@router.delete(REVISION)
+async def delete_revision(
+    tenant: str, name: str, reference: str, caller: Caller, gateway: App
+) -> Response:
+    """Delete a revision, by its whole digest, that no alias names."""
+    caller.require("train")
+    owner, digest = _owned(caller, tenant), full_digest(reference)
+    await gateway.promotion.delete_revision(owner, name, digest, actor=caller.key_id)
+    return Response(status_code=204)
+
+
+@router.get(REVISION + "/peft")
+async def export_peft(
+    tenant: str, name: str, reference: str, caller: Caller, gateway: App
+) -> Response:
+    """A tar of the PEFT folder: adapter_config.json and adapter_model.safetensors."""
+    caller.require(*READERS)
+    revision = _revision(gateway, caller, tenant, name, reference)
+    archive = await gateway.adapters.export_peft(revision)
+    filename = f"{name}-{revision.digest.removeprefix('sha256:')[:12]}.tar"
+    headers = {
+        "Content-Disposition": f'attachment; filename="{filename}"',
+        "X-OpenMint-Revision": revision.digest,
+    }
+    return Response(archive, media_type="application/x-tar", headers=headers)
+
+
+@router.post(POLICY + "/revisions", status_code=201)
+async def import_revision(
+    tenant: str, name: str, request: Request, caller: Caller, gateway: App
+) -> wire.Json:
+    """Import a PEFT adapter: a multipart form, or JSON with the weights in base64."""
+    caller.require("train")
+    owner = _owned(caller, tenant)
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        base, config, weights = await _read_form(request)
+    elif content_type == "application/json":
+        body = await read(request, wire.ImportAdapter)
+        base, config = body.base, body.config
+        weights = wire.decode_base64(body.weights, "weights")
+    else:
+        raise UnsupportedFormat("send multipart/form-data or application/json")
+    revision = await gateway.adapters.import_peft(
+        owner, name, base, config, weights, actor=caller.key_id
+    )
+    return wire.encode_revision(revision)
+
+
+# -- aliases --------------------------------------------------------------------------------------
+
+
+@router.get(POLICY + "/aliases")
+async def list_aliases(tenant: str, name: str, caller: Caller, gateway: App) -> wire.Json:
+    """The policy's aliases and what they name now."""
+    caller.require(*READERS)
+    aliases = gateway.catalog.aliases(_owned(caller, tenant), name)
+    return {"items": [wire.encode_alias(alias) for alias in aliases]}
+
+
+@router.get(ALIAS + "/history")
+async def alias_history(
+    tenant: str,
+    name: str,
+    alias: str,
+    caller: Caller,
+    gateway: App,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+) -> wire.Json:
+    """Every move of an alias, newest first."""
+    caller.require(*READERS)
+    events = gateway.catalog.alias_history(
+        _owned(caller, tenant), name, alias, limit=limit, before_id=_number(cursor)
+    )
+    return _page([wire.encode_alias_event(event) for event in events], limit, "event_id")
+
+
+@router.post(ALIAS + "/promote")
+async def promote(
+    tenant: str,
+    name: str,
+    alias: str,
+    request: Request,
+    caller: Caller,
+    gateway: App,
+    if_match: IfMatch = None,
+) -> Response:
+    """Point an alias at a revision; holds for the next request."""
+    caller.require("train")
+    body = await read(request, wire.Promote)
+    moved = await gateway.promotion.promote(
+        _owned(caller, tenant),
+        name,
+        alias,
+        body.revision,
+        actor=caller.key_id,
+        reason=body.reason,
+        expected_version=_expected_version(body.if_version, if_match),
+    )
+    return _alias_answer(moved)
+
+
+@router.post(ALIAS + "/rollback")
+async def rollback(
+    tenant: str,
+    name: str,
+    alias: str,
+    request: Request,
+    caller: Caller,
+    gateway: App,
+    if_match: IfMatch = None,
+) -> Response:
+    """Point an alias back at what it named before; holds for the next request."""
+    caller.require("train")
+    body = await read(request, wire.Rollback)
+    moved = await gateway.promotion.rollback(
+        _owned(caller, tenant),
+        name,
+        alias,
+        actor=caller.key_id,
+        reason=body.reason,
+        expected_version=_expected_version(body.if_version, if_match),
+    )
+    return _alias_answer(moved)
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+@router.get("/tasks")
+async def list_tasks(caller: Caller, gateway: App) -> wire.Json:
+    """The tenant's evaluation tasks, without their items."""
+    caller.require(*READERS)
+    tasks = gateway.catalog.tasks(caller.tenant)
+    return {"items": [wire.encode_task_record(task, whole=False) for task in tasks]}
+
+
+@router.post("/tasks", status_code=201)
+async def create_task(request: Request, caller: Caller, gateway: App) -> wire.Json:
+    """Keep a task under its name and digest; the same task again changes nothing."""
+    caller.require("train")
+    raw = parse_json(await request.body())
+    record = await gateway.evaluations.store_task(caller.tenant, raw)
+    return wire.encode_task_record(record, whole=False)
+
+
+@router.get("/tasks/{name}")
+async def get_task(name: str, caller: Caller, gateway: App, digest: str | None = None) -> wire.Json:
+    """A task with its items: the one last kept under the name, or the one with the digest."""
+    caller.require(*READERS)
+    wanted = full_digest(digest) if digest else None
+    return wire.encode_task_record(gateway.catalog.task(caller.tenant, name, wanted), whole=True)
+
+
+@router.post("/evaluations", status_code=202)
+async def start_evaluation(request: Request, caller: Caller, gateway: App) -> wire.Json:
+    """Score a model on a task in the background; poll the evaluation that comes back."""
+    caller.require("train")
+    body = await read(request, wire.StartEvaluation)
+    asked = EvaluationRequest(body.model, body.task, body.n, body.seed, body.temperature)
+    return wire.encode_evaluation(await gateway.evaluations.start(caller.tenant, asked))
+
+
+@router.get("/evaluations")
+async def list_evaluations(
+    caller: Caller,
+    gateway: App,
+    policy: Annotated[str | None, Query(max_length=128)] = None,
+    digest: Annotated[str | None, Query(max_length=71)] = None,
+    task: Annotated[str | None, Query(max_length=128)] = None,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+) -> wire.Json:
+    """The tenant's evaluations, newest first; of one policy, revision or task where asked."""
+    caller.require(*READERS)
+    found = gateway.catalog.evaluations(
+        caller.tenant,
+        policy=policy,
+        digest=full_digest(digest) if digest else None,
+        task_name=task,
+        limit=limit,
+        before_id=_number(cursor),
+    )
+    shown = [wire.encode_evaluation(evaluation) for evaluation in found]
+    return _page(shown, limit, "evaluation_id")
+
+
+@router.get("/evaluations/{evaluation_id}")
+async def get_evaluation(evaluation_id: RowId, caller: Caller, gateway: App) -> wire.Json:
+    """An evaluation; with its progress while it runs."""
+    caller.require(*READERS)
+    record, progress = gateway.evaluations.get(caller.tenant, evaluation_id)
+    shown = wire.encode_evaluation(record)
+    if progress:
+        shown["progress"] = {"num_done": progress.num_done, "num_correct": progress.num_right}
+    return shown
+
+
+# -- operation ------------------------------------------------------------------------------------
+
+
+@router.get("/keys")
+async def list_keys(caller: Caller, gateway: App, tenant: str | None = None) -> wire.Json:
+    """Keys, without their secrets."""
+    caller.require()
+    keys = gateway.catalog.keys(Tenant(tenant) if tenant else None)
+    return {"items": [wire.encode_key(key) for key in keys]}
+
+
+@router.post("/keys", status_code=201)
+async def create_key(request: Request, caller: Caller, gateway: App) -> wire.Json:
+    """A new key; its text is in this answer and nowhere else."""
+    caller.require()
+    body = await read(request, wire.CreateKey)
+    expires_at = None
+    if body.ttl_seconds is not None:
+        expires_at = datetime.now(UTC) + timedelta(seconds=body.ttl_seconds)
+    text, key = await asyncio.to_thread(
+        gateway.catalog.create_key,
+        Tenant(body.tenant),
+        body.role,
+        note=body.note,
+        expires_at=expires_at,
+        actor=caller.key_id,
+    )
+    return {**wire.encode_key(key), "key": text}
+
+
+@router.delete("/keys/{tenant}/{key_id}")
+async def revoke_key(tenant: str, key_id: str, caller: Caller, gateway: App) -> Response:
+    """Refuse a key from now on."""
+    caller.require()
+    await asyncio.to_thread(gateway.catalog.revoke_key, Tenant(tenant), key_id, actor=caller.key_id)
+    return Response(status_code=204)
+
+
+@router.get("/tenants")
+async def list_tenants(caller: Caller, gateway: App) -> wire.Json:
+    """Every tenant that has a key, with the number of keys that were ever made."""
+    caller.require()
+    keys = gateway.catalog.keys(None)
+    counts = Counter(key.tenant for key in keys)
+    return {"items": [{"tenant": name, "num_keys": counts[name]} for name in sorted(counts)]}
+
+
+@router.get("/audit")
+async def list_audit(
+    caller: Caller,
+    gateway: App,
+    tenant: str | None = None,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+) -> wire.Json:
+    """A tenant's audit events, newest first."""
+    caller.require("train")
+    owner = _owned(caller, tenant or caller.tenant)
+    events = gateway.catalog.audit(owner, limit=limit, before_id=_number(cursor))
+    return _page([wire.encode_audit_event(event) for event in events], limit, "event_id")
+
+
+@router.get("/stats")
+async def stats(caller: Caller, gateway: App) -> wire.Json:
+    """What each base's worker holds and has done, as of about a second ago."""
+    caller.require(*READERS)
+    return {"bases": [wire.encode_worker(client) for client in gateway.workers.all()]}
+
+
+def _owned(caller: Principal, tenant: str) -> Tenant:
+    """`tenant` when the caller may act for it. Raises NotFound, which gives nothing away."""
+    if tenant != caller.tenant and caller.role != "admin":
+        raise NotFound(f"no tenant {tenant[:128]!r} here for this key")
+    return Tenant(tenant)
+
+
+def _revision(
+    gateway: Gateway, caller: Principal, tenant: str, name: str, reference: str
+) -> Revision:
+    return gateway.promotion.revision(_owned(caller, tenant), name, reference)
+
+
+def _page(items: list[wire.Json], limit: int, key: str) -> wire.Json:
+    """A list answer; `next_cursor` is set when a further page may follow."""
+    full = len(items) == limit
+    return {"items": items, "next_cursor": str(items[-1][key]) if full else None}
+
+
+def _number(cursor: str | None) -> int | None:
+    if cursor is None:
+        return None
+    if not cursor.isascii() or not cursor.isdecimal() or len(cursor) > 18:
+        raise InvalidRequest(f"cursor {cursor!r} did not come from this list")
+    return int(cursor)
+
+
+def _expected_version(in_body: int | None, if_match: str | None) -> int | None:
+    in_header = parse_if_match(if_match)
+    if None not in (in_body, in_header) and in_body != in_header:
+        raise InvalidRequest("if_version and If-Match differ; send one of them")
+    return in_header if in_body is None else in_body
+
+
+def _alias_answer(alias: Alias) -> Response:
+    return JSONResponse(wire.encode_alias(alias), headers={"ETag": f'"{alias.version}"'})
+
+
+async def _read_form(request: Request) -> tuple[str | None, dict[str, Any], bytes]:
+    """Base, config and weights of a multipart import; the base may be left out."""
+    async with request.form(max_files=2, max_fields=1) as form:
+        base, config, weights = (form.get(name) for name in ("base", "config", "weights"))
+        named = set(form) <= {"base", "config", "weights"} and not isinstance(base, UploadFile)
+        if not named or not isinstance(config, UploadFile) or not isinstance(weights, UploadFile):
+            raise InvalidRequest(
+                "the form has two files, config (adapter_config.json) and weights "
+                "(adapter_model.safetensors), and a field base"
+            )
+        config_bytes = await config.read(MAX_CONFIG_BYTES + 1)
+        if len(config_bytes) > MAX_CONFIG_BYTES:
+            raise InvalidRequest(f"config is over {MAX_CONFIG_BYTES} bytes")
+        return base or None, parse_config(config_bytes), await weights.read()

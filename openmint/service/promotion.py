@@ -1,0 +1,130 @@
+"""Which revision an alias names: promotion and rollback, one transaction each.
+
+The change holds for every request admitted after it returns; a request in flight keeps the revision
+that it was admitted with. Lives on the event loop; writes run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+
+from openmint.catalog.address import NAME, PolicyAddress
+from openmint.catalog.catalog import Catalog
+from openmint.catalog.records import Alias, Revision
+from openmint.errors import InvalidRequest
+from openmint.types import Digest, Tenant
+
+log = structlog.get_logger(__name__)
+
+DEFAULT = "default"
+"""In place of a reference: what `tenant/policy` alone serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    catalog: Catalog
+
+    async def promote(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str,
+        reference: str,
+        *,
+        actor: str,
+        reason: str,
+        expected_version: int | None,
+    ) -> Alias:
+        """Point `alias` at the revision that `reference` names within the policy.
+
+        Durable on return. A retry is harmless: it adds an event that moves nothing. Raises
+        NotFound, InvalidRequest for a malformed name, Conflict when the alias is not at
+        `expected_version` any more.
+        """
+        revision = self.revision(tenant, policy, reference)
+        moved = await asyncio.to_thread(
+            self.catalog.promote,
+            tenant,
+            policy,
+            revision.digest,
+            alias=check_alias(alias),
+            actor=actor,
+            reason=reason,
+            expected_version=expected_version,
+        )
+        log.info("promoted", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)
+        return moved
+
+    async def rollback(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str,
+        *,
+        actor: str,
+        reason: str,
+        expected_version: int | None,
+    ) -> Alias:
+        """Point `alias` back at what it named before. Durable on return.
+
+        Raises NotFound, Conflict when there is nothing before or the version has changed.
+        """
+        moved = await asyncio.to_thread(
+            self.catalog.rollback,
+            tenant,
+            policy,
+            alias=alias,
+            actor=actor,
+            reason=reason,
+            expected_version=expected_version,
+        )
+        log.info("rolled_back", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)
+        return moved
+
+    async def delete_revision(
+        self, tenant: Tenant, policy: str, digest: Digest, *, actor: str
+    ) -> None:
+        """Mark the revision deleted. Raises NotFound, Conflict while an alias names it."""
+        await asyncio.to_thread(self._delete, tenant, policy, digest, actor)
+
+    def _delete(self, tenant: Tenant, policy: str, digest: Digest, actor: str) -> None:
+        self.catalog.delete_revision(tenant, policy, digest)
+        self.catalog.add_audit(tenant, actor, "revision.delete", f"{tenant}/{policy}@{digest}")
+
+    def revision(self, tenant: Tenant, policy: str, reference: str) -> Revision:
+        """The policy's revision by digest, the start of one, alias, or `default`.
+
+        Raises NotFound, InvalidRequest for a malformed reference.
+        """
+        if reference == DEFAULT:
+            address = PolicyAddress(tenant, policy)
+        else:
+            address = PolicyAddress.parse(f"{tenant}/{policy}@{reference}")
+        return self.catalog.resolve_address(tenant, address).revision
+
+
+def check_alias(name: str) -> str:
+    """An alias that may be made. Raises InvalidRequest with the rule."""
+    if not NAME.fullmatch(name) or name == DEFAULT:
+        raise InvalidRequest(f"an alias matches {NAME.pattern} and is not {DEFAULT!r}")
+    return name
+
+
+def parse_if_match(header: str | None) -> int | None:
+    """The version in an `If-Match: "3"` header; None without one."""
+    if header is None or header.strip() == "*":
+        return None
+    text = header.strip().removeprefix('"').removesuffix('"')
+    if not text.isdecimal() or len(text) > 18:
+        raise InvalidRequest(f'If-Match must be a version such as "3", got {header[:80]!r}')
+    return int(text)
+
+
+def full_digest(text: str) -> Digest:
+    """A whole digest. Raises InvalidRequest for anything else."""
+    if not text.startswith("sha256:") or len(text) != 71:
+        raise InvalidRequest(f"{text[:100]!r} is not a digest: sha256: and 64 hex digits")
+    return Digest(text)

@@ -1,0 +1,228 @@
+"""Catalogue JSON under /catalog/v1 <-> our records. Times are ISO 8601 in UTC."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import asdict
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from openmint.catalog.address import NAME
+from openmint.catalog.records import (
+    Alias,
+    AliasEvent,
+    ApiKey,
+    AuditEvent,
+    Evaluation,
+    Policy,
+    Revision,
+    Role,
+    TaskRecord,
+)
+from openmint.cluster.worker_client import WorkerClient
+from openmint.errors import InvalidRequest
+from openmint.evaluate.interval import wilson_interval
+from openmint.types import LoraSpec
+from openmint.wire.requests import Body
+
+Json = dict[str, Any]
+
+Reason = Annotated[str, Field(max_length=1000)]
+Version = Annotated[int, Field(ge=0, lt=1 << 62)]
+"""What the alias must still be at; 0 means that it must be new."""
+Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
+Reference = Annotated[str, Field(min_length=1, max_length=512)]
+MAX_TTL_SECONDS = 10 * 366 * 86400
+
+
+class Promote(Body):
+    """Point an alias at a revision of its policy: a digest, or another alias of the policy."""
+
+    revision: Reference
+    reason: Reason = ""
+    if_version: Version | None = None
+
+
+class Rollback(Body):
+    """Point an alias back at what it named before its last move."""
+
+    reason: Reason = ""
+    if_version: Version | None = None
+
+
+class ImportAdapter(Body):
+    """A PEFT adapter as JSON: the two files of its folder, the weights in base64."""
+
+    base: Reference | None = None
+    config: dict[str, Any]
+    weights: str
+
+
+class StartEvaluation(Body):
+    """Score a model on a task that is given whole, or by the name or digest of a stored one."""
+
+    model: Reference
+    task: dict[str, Any] | Reference
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = 0
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.0
+
+
+class CreateKey(Body):
+    """A key for a tenant; a tenant begins with its first key."""
+
+    tenant: Name
+    role: Role = "train"
+    note: Reason = ""
+    ttl_seconds: Annotated[int, Field(ge=1, le=MAX_TTL_SECONDS)] | None = None
+
+
+def decode_base64(text: str, field: str) -> bytes:
+    """The bytes of strict base64. Raises InvalidRequest that names the field."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(f"{field} is not valid base64") from None
+
+
+def encode_policy(policy: Policy) -> Json:
+    return {
+        "policy": f"{policy.tenant}/{policy.name}",
+        "tenant": policy.tenant,
+        "name": policy.name,
+        "base_name": policy.base_name,
+        "base_digest": policy.base_digest,
+        "user_metadata": dict(policy.user_metadata),
+        "created_at": _time(policy.created_at),
+    }
+
+
+def encode_revision(revision: Revision) -> Json:
+    return {
+        "policy": f"{revision.tenant}/{revision.policy_name}",
+        "number": revision.number,
+        "digest": revision.digest,
+        "base_name": revision.base_name,
+        "base_digest": revision.base_digest,
+        **encode_spec(revision.spec),
+        "parent_digest": revision.parent_digest,
+        "run_id": revision.run_id,
+        "num_optim_steps": revision.num_optim_steps,
+        "size_bytes": revision.size_bytes,
+        "origin": revision.origin,
+        "ephemeral": revision.ephemeral,
+        "user_metadata": dict(revision.user_metadata),
+        "created_at": _time(revision.created_at),
+        "deleted_at": _time(revision.deleted_at),
+    }
+
+
+def encode_spec(spec: LoraSpec) -> Json:
+    return {"rank": spec.rank, "alpha": spec.alpha, "targets": list(spec.groups)}
+
+
+def encode_alias(alias: Alias) -> Json:
+    return {
+        "name": alias.name,
+        "digest": alias.digest,
+        "version": alias.version,
+        "updated_at": _time(alias.updated_at),
+    }
+
+
+def encode_alias_event(event: AliasEvent) -> Json:
+    return {
+        "event_id": event.event_id,
+        "alias": event.alias,
+        "action": event.action,
+        "from_digest": event.from_digest,
+        "to_digest": event.to_digest,
+        "actor": event.actor,
+        "reason": event.reason,
+        "created_at": _time(event.created_at),
+    }
+
+
+def encode_evaluation(evaluation: Evaluation) -> Json:
+    """With the score's 95% interval, which is computed here and never stored."""
+    policy = evaluation.policy_name and f"{evaluation.tenant}/{evaluation.policy_name}"
+    low, high = wilson_interval(evaluation.num_correct, evaluation.num_items)
+    finished = evaluation.status == "finished"
+    return {
+        "evaluation_id": evaluation.evaluation_id,
+        "status": evaluation.status,
+        "error": evaluation.error,
+        "policy": policy,
+        "revision": evaluation.digest,
+        "base_name": evaluation.base_name,
+        "task": evaluation.task_name,
+        "task_digest": evaluation.task_digest,
+        "seed": evaluation.seed,
+        "sampling": dict(evaluation.sampling),
+        "n": evaluation.num_items,
+        "num_correct": evaluation.num_correct,
+        "score": evaluation.score,
+        "interval_95": [low, high] if finished else None,
+        "created_at": _time(evaluation.created_at),
+        "finished_at": _time(evaluation.finished_at),
+    }
+
+
+def encode_task_record(task: TaskRecord, *, whole: bool) -> Json:
+    """A stored task; `whole` with its items, else with their number."""
+    head = {
+        "name": task.name,
+        "digest": task.digest,
+        "scorer": task.body["scorer"],
+        "num_items": len(task.body["items"]),
+        "created_at": _time(task.created_at),
+    }
+    return {**head, "task": dict(task.body)} if whole else head
+
+
+def encode_key(key: ApiKey) -> Json:
+    return {
+        "key_id": key.key_id,
+        "tenant": key.tenant,
+        "role": key.role,
+        "note": key.note,
+        "created_at": _time(key.created_at),
+        "expires_at": _time(key.expires_at),
+        "revoked_at": _time(key.revoked_at),
+    }
+
+
+def encode_audit_event(event: AuditEvent) -> Json:
+    return {
+        "event_id": event.event_id,
+        "tenant": event.tenant,
+        "actor": event.actor,
+        "action": event.action,
+        "subject": event.subject,
+        "details": dict(event.details),
+        "created_at": _time(event.created_at),
+    }
+
+
+def encode_worker(client: WorkerClient) -> Json:
+    """A base's worker: what it is and its counters; which revisions are resident stays out."""
+    stats = asdict(client.stats)
+    stats.pop("resident_revisions")
+    return {
+        "base": client.base.name,
+        "base_digest": client.base.digest,
+        "architecture": client.base.architecture,
+        "device": client.base.device,
+        "dtype": client.base.dtype,
+        "context_length": client.base.context_length,
+        "weight_bytes": client.base.weight_bytes,
+        "alive": client.alive,
+        **stats,
+    }
+
+
+def _time(instant: datetime | None) -> str | None:
+    return None if instant is None else instant.isoformat()
