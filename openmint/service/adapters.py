@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from openmint.catalog.address import NAME
-from openmint.catalog.aliases import LATEST
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Revision
 from openmint.errors import InvalidRequest
@@ -51,7 +50,9 @@ class Adapters:
             raise InvalidRequest(f"policy {policy[:200]!r} must match {NAME.pattern}")
         base = self.workers.by_name(base_name).base if base_name else self._only_base()
         blob = await asyncio.to_thread(self._store_peft, config, weights, base)
-        return await asyncio.to_thread(self._record, tenant, policy, base, blob, actor)
+        return await asyncio.to_thread(
+            self.catalog.import_revision, tenant, policy, base, blob, actor=actor
+        )
 
     async def export_peft(self, revision: Revision) -> bytes:
         """A tar of the revision's PEFT folder; the same bytes every time.
@@ -65,17 +66,6 @@ class Adapters:
         data = from_peft(weights, config, base)
         spec = check_adapter(data, base).spec
         return SavedBlob(self.store.put(data), len(data), spec, num_optim_steps=0)
-
-    def _record(
-        self, tenant: Tenant, policy: str, base: BaseInfo, blob: SavedBlob, actor: str
-    ) -> Revision:
-        revision = self.catalog.import_revision(tenant, policy, base, blob)
-        self.catalog.set_alias(
-            tenant, policy, LATEST, revision.digest, actor=actor, reason="imported"
-        )
-        subject = f"{tenant}/{policy}@{revision.digest}"
-        self.catalog.add_audit(tenant, actor, "revision.import", subject)
-        return revision
 
     def _only_base(self) -> BaseInfo:
         clients = self.workers.all()

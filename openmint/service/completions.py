@@ -166,7 +166,7 @@ class Answer:
         """Feed one prompt's pieces, then its result, to `queue`; a failure goes there too."""
         texts = [self._choice_text(prompt_index, i) for i in range(work.num_samples)]
         try:
-            async with aclosing(self.target.client.stream(work)) as events:
+            async with aclosing(self.target.client.stream(work)) as events:  # type: ignore[type-var]
                 async for event in events:
                     if isinstance(event, SampleDelta):
                         text = texts[event.sample_index]

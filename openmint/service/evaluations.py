@@ -26,7 +26,7 @@ from openmint.evaluate.task import (
 )
 from openmint.service.completions import Completions
 from openmint.service.targets import Target
-from openmint.types import Digest, Tenant
+from openmint.types import Tenant
 from openmint.wire.openai import Drawing
 
 log = structlog.get_logger(__name__)
@@ -103,14 +103,13 @@ class Evaluations:
         await asyncio.gather(*jobs, return_exceptions=True)
 
     def _task(self, tenant: Tenant, given: Mapping[str, Any] | str) -> EvaluationTask:
-        """A task that is given whole, or stored under `name` or `name@sha256:…`."""
+        """A task that is given whole, or the stored one of that name or digest."""
         if not isinstance(given, str):
             return parse_task(given)
-        name, _, digest = given.partition("@")
-        return parse_task(self._catalog.task(tenant, name, Digest(digest) if digest else None).body)
+        return parse_task(self._catalog.task(tenant, given).body)
 
     def _put_task(self, tenant: Tenant, task: EvaluationTask) -> TaskRecord:
-        return self._catalog.add_task(tenant, task.name, task_digest(task), encode_task(task))
+        return self._catalog.put_task(tenant, task.name, task_digest(task), encode_task(task))
 
     def _record(
         self,
@@ -121,9 +120,9 @@ class Evaluations:
         num_items: int,
     ) -> Evaluation:
         self._put_task(tenant, task)
-        return self._catalog.add_evaluation(
+        return self._catalog.start_evaluation(
             tenant,
-            policy=_own_policy(tenant, target),
+            policy_name=_own_policy(tenant, target),
             digest=target.revision,
             base_name=target.base.name,
             task_name=task.name,
@@ -175,8 +174,7 @@ class Evaluations:
                 self._catalog.finish_evaluation,
                 tenant,
                 evaluation_id,
-                num_items=progress.num_done,
-                num_correct=progress.num_right,
+                progress.num_right,
             )
         finally:
             self._running.pop(evaluation_id, None)

@@ -49,8 +49,8 @@ class Promotion:
             self.catalog.promote,
             tenant,
             policy,
+            check_alias(alias),
             revision.digest,
-            alias=check_alias(alias),
             actor=actor,
             reason=reason,
             expected_version=expected_version,
@@ -76,7 +76,7 @@ class Promotion:
             self.catalog.rollback,
             tenant,
             policy,
-            alias=alias,
+            alias,
             actor=actor,
             reason=reason,
             expected_version=expected_version,
@@ -88,11 +88,7 @@ class Promotion:
         self, tenant: Tenant, policy: str, digest: Digest, *, actor: str
     ) -> None:
         """Mark the revision deleted. Raises NotFound, Conflict while an alias names it."""
-        await asyncio.to_thread(self._delete, tenant, policy, digest, actor)
-
-    def _delete(self, tenant: Tenant, policy: str, digest: Digest, actor: str) -> None:
-        self.catalog.delete_revision(tenant, policy, digest)
-        self.catalog.add_audit(tenant, actor, "revision.delete", f"{tenant}/{policy}@{digest}")
+        await asyncio.to_thread(self.catalog.delete_revision, tenant, policy, digest, actor=actor)
 
     def revision(self, tenant: Tenant, policy: str, reference: str) -> Revision:
         """The policy's revision by digest, the start of one, alias, or `default`.
@@ -103,7 +99,7 @@ class Promotion:
             address = PolicyAddress(tenant, policy)
         else:
             address = PolicyAddress.parse(f"{tenant}/{policy}@{reference}")
-        return self.catalog.resolve_address(tenant, address).revision
+        return self.catalog.resolve(tenant, str(address)).revision
 
 
 def check_alias(name: str) -> str:

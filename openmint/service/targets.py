@@ -82,13 +82,13 @@ class Targets:
     def list_models(self, tenant: Tenant) -> tuple[list[ModelCard], bool]:
         """The bases, and the tenant's policies under each alias; whether there are more."""
         cards = [_base_card(client.base) for client in self.workers.all()]
-        policies = self.catalog.policies(tenant, limit=MAX_LISTED_POLICIES + 1)
-        for policy in policies[:MAX_LISTED_POLICIES]:
+        page = self.catalog.policies(tenant, limit=MAX_LISTED_POLICIES)
+        for policy in page.items:
             created = int(policy.created_at.timestamp())
             for alias in self.catalog.aliases(tenant, policy.name):
                 model = f"{tenant}/{policy.name}@{alias.name}"
                 cards.append(ModelCard(model, tenant, created, policy.base_name, alias.digest))
-        return cards, len(policies) > MAX_LISTED_POLICIES
+        return cards, page.next_cursor is not None
 
     def get_model(self, tenant: Tenant, model: str) -> ModelCard:
         """What `model` means now. Raises like `resolve`."""
@@ -107,7 +107,7 @@ class Targets:
         except InvalidRequest as error:
             bases = ", ".join(sorted(client.base.name for client in self.workers.all()))
             raise NotFound(f"no such model: {error.message}, nor a base ({bases})") from None
-        resolved = self.catalog.resolve_address(tenant, address)
+        resolved = self.catalog.resolve(tenant, str(address))
         revision = resolved.revision
         client = self.workers.by_digest(revision.base_digest)
         policy = f"{revision.tenant}/{revision.policy_name}"

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from openmint.api.auth import App, Caller
 from openmint.api.bodies import read
-from openmint.catalog.records import Alias, Principal, Revision
+from openmint.catalog.records import Alias, Principal, Revision, Role
 from openmint.errors import InvalidRequest, NotFound, UnsupportedFormat
 from openmint.service.adapters import parse_config
 from openmint.service.evaluations import EvaluationRequest
@@ -26,12 +26,12 @@ from openmint.wire.openai import parse_json
 
 router = APIRouter(prefix="/catalog/v1", tags=["catalog"])
 
-READERS = ("read", "serve", "train")
+READERS: tuple[Role, ...] = ("read", "serve", "train")
 """Roles that may look; an admin key may do everything."""
 MAX_CONFIG_BYTES = 1 << 20
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
-Cursor = Annotated[str | None, Query(max_length=128)]
+Cursor = Annotated[str | None, Query(max_length=512)]
 RowId = Annotated[int, Path(ge=1, lt=1 << 62)]
 IfMatch = Annotated[str | None, Header()]
 
@@ -55,10 +55,11 @@ async def list_policies(
     """A tenant's policies by name; `search` matches any part of a name."""
     caller.require(*READERS)
     owner = _owned(caller, tenant or caller.tenant)
-    found = await asyncio.to_thread(
-        gateway.catalog.policies, owner, limit=limit, after=cursor, text=search
+    page = await asyncio.to_thread(
+        gateway.catalog.policies, owner, limit=limit, cursor=cursor, search=search
     )
-    return _page([wire.encode_policy(policy) for policy in found], limit, "name")
+    items = [wire.encode_policy(policy) for policy in page.items]
+    return {"items": items, "next_cursor": page.next_cursor}
 
 
 @router.get(POLICY)
@@ -87,8 +88,8 @@ async def list_revisions(
         _owned(caller, tenant),
         name,
         limit=limit,
-        before_number=_number(cursor),
-        with_ephemeral=ephemeral,
+        before=_number(cursor),
+        ephemeral=ephemeral,
     )
     return _page([wire.encode_revision(revision) for revision in found], limit, "number")
 
@@ -265,12 +266,11 @@ async def create_task(request: Request, caller: Caller, gateway: App) -> wire.Js
     return wire.encode_task_record(record, whole=False)
 
 
-@router.get("/tasks/{name}")
-async def get_task(name: str, caller: Caller, gateway: App, digest: str | None = None) -> wire.Json:
-    """A task with its items: the one last kept under the name, or the one with the digest."""
+@router.get("/tasks/{reference}")
+async def get_task(reference: str, caller: Caller, gateway: App) -> wire.Json:
+    """A task with its items, by digest or by name (the one last kept under it)."""
     caller.require(*READERS)
-    wanted = full_digest(digest) if digest else None
-    return wire.encode_task_record(gateway.catalog.task(caller.tenant, name, wanted), whole=True)
+    return wire.encode_task_record(gateway.catalog.task(caller.tenant, reference), whole=True)
 
 
 @router.post("/evaluations", status_code=202)
