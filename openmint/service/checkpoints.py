@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Literal
 
 from openmint.catalog.address import TinkerPath
@@ -22,7 +22,7 @@ from openmint.service import checks
 from openmint.service.fingerprint import fingerprint
 from openmint.service.futures import ResultFuture
 from openmint.service.links import Links
-from openmint.service.resolve import readable_checkpoint
+from openmint.service.resolve import path_of, readable_checkpoint
 from openmint.service.sampling import Sampler, Sampling
 from openmint.service.sessions import Sessions
 from openmint.service.training import LiveRun, NewRun, Training
@@ -117,7 +117,7 @@ class Checkpoints:
                     segment,
                     name,
                     blob,
-                    expires_at=_expiry(save.ttl_seconds),
+                    ttl_seconds=save.ttl_seconds,
                     overwrite=save.overwrite,
                     user_metadata=save.user_metadata,
                 )
@@ -220,7 +220,7 @@ class Checkpoints:
 
     async def delete(self, tenant: Tenant, path: TinkerPath, *, actor: str) -> None:
         """Delete the record; bytes that nothing else needs are collected. Raises NotFound."""
-        gone = await asyncio.to_thread(
+        orphan = await asyncio.to_thread(
             self._catalog.delete_checkpoint,
             tenant,
             path.run_id,
@@ -228,7 +228,8 @@ class Checkpoints:
             path.name,
             actor=actor,
         )
-        self._doomed.add(gone.digest)
+        if orphan is not None:
+            self._doomed.add(orphan)
 
     async def set_public(
         self, tenant: Tenant, path: TinkerPath, *, public: bool, actor: str
@@ -247,12 +248,12 @@ class Checkpoints:
     async def set_ttl(self, tenant: Tenant, path: TinkerPath, ttl_seconds: int | None) -> None:
         """Have it expire that long from now; None for never. Raises NotFound."""
         await asyncio.to_thread(
-            self._catalog.set_checkpoint_expiry,
+            self._catalog.set_checkpoint_ttl,
             tenant,
             path.run_id,
             path.segment,
             path.name,
-            _expiry(ttl_seconds),
+            ttl_seconds,
         )
 
     def external_links(
@@ -308,16 +309,7 @@ class Checkpoints:
         else:
             self._sessions.touch(tenant, session_id)
         new = NewRun(tenant, session_id, model_seq_id, base, found.spec, {})
-        await asyncio.to_thread(self._training.register, new)
-        await asyncio.to_thread(
-            self._catalog.add_checkpoint,
-            tenant,
-            new.run_id,
-            found.segment,
-            found.name,
-            found,
-            expires_at=_expiry(to.ttl_seconds),
-        )
+        await asyncio.to_thread(self._catalog.copy_checkpoint, found, new, to.ttl_seconds)
         return TinkerPath(new.run_id, found.segment, found.name)
 
     # -- bytes that nothing needs -------------------------------------------------------------
@@ -331,8 +323,9 @@ class Checkpoints:
     async def collect(self) -> None:
         """Drop expired checkpoints, and the bytes of all that is gone, unless a save is under way:
         it may be about to refer to the same bytes."""
-        expired = await asyncio.to_thread(self._catalog.delete_expired_checkpoints)
-        self._doomed.update(checkpoint.digest for checkpoint in expired)
+        for expired in await asyncio.to_thread(self._catalog.expired_checkpoints):
+            with suppress(NotFound):  # its owner was faster
+                await self.delete(expired.tenant, path_of(expired), actor="expiry")
         while self._doomed and not self._num_saving:
             digest = self._doomed.pop()
             if not self._catalog.is_referenced(digest):
@@ -345,10 +338,6 @@ class Checkpoints:
             yield
         finally:
             self._num_saving -= 1
-
-
-def _expiry(ttl_seconds: int | None) -> datetime | None:
-    return None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)
 
 
 def _restore(run_id: RunId, tenant: Tenant, found: Checkpoint, optimizer: bool) -> RestoreRun:

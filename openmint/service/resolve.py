@@ -5,6 +5,7 @@ from __future__ import annotations
 from openmint.catalog.address import TinkerPath, segment_of
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Checkpoint
+from openmint.errors import NotFound
 from openmint.types import RunId, Tenant
 
 
@@ -23,4 +24,7 @@ def readable_checkpoint(catalog: Catalog, tenant: Tenant, path: str) -> Checkpoi
     Raises InvalidRequest for a malformed path, NotFound.
     """
     parsed = TinkerPath.parse(path)
-    return catalog.readable_checkpoint(tenant, parsed.run_id, parsed.segment, parsed.name)
+    try:
+        return catalog.readable_checkpoint(tenant, parsed.run_id, parsed.segment, parsed.name)
+    except NotFound:
+        raise NotFound(f"no checkpoint {path[:300]}, or it is not published to you") from None

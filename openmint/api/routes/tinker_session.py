@@ -173,20 +173,17 @@ def _summary(gateway: Gateway, session: Session) -> dict[str, Any]:
     if session.finished_at is not None:
         reason = {"type": session.finish_reason or "success"}
         status = {"type": "client_finished", "reason": reason, "detail": session.finish_detail}
-    runs = gateway.catalog.runs_of_session(session.tenant, session.session_id)
-    saved = [
-        checkpoint
-        for run in runs
-        for checkpoint in gateway.catalog.run_checkpoints(session.tenant, run.run_id)
-    ]
+    count, size_bytes = gateway.catalog.checkpoint_usage(
+        session.tenant, session_id=session.session_id
+    )
     return {
         "session_id": session.session_id,
         "created_at": session.created_at.isoformat(),
         "owner": session.tenant,
         "project_id": session.project_id or "default",
         "status": status,
-        "checkpoints_count": len(saved),
-        "checkpoint_storage_bytes": sum(checkpoint.size_bytes for checkpoint in saved),
+        "checkpoints_count": count,
+        "checkpoint_storage_bytes": size_bytes,
         "display_name": session.display_name,
         "user_metadata": dict(session.user_metadata) or None,
     }
