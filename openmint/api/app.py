@@ -12,6 +12,7 @@ from openmint.api.guard import Guard
 from openmint.api.routes import (
     catalog,
     health,
+    metrics,
     openai,
     tinker_checkpoints,
     tinker_futures,
@@ -23,6 +24,7 @@ from openmint.service.gateway import Gateway
 
 ROUTERS = (
     health.router,
+    metrics.router,
     tinker_session.router,
     tinker_training.router,
     tinker_checkpoints.router,

@@ -87,7 +87,10 @@ class Service:
         server = _uvicorn_server(self._gateway, self._metrics)
         self._catch_signals(server)
         loader = asyncio.create_task(self._load_bases(server), name="workers")
-        await server.serve(sockets=[self._listener])
+        try:
+            await server.serve(sockets=[self._listener])
+        except SystemExit:  # uvicorn's way to say that the application failed to start
+            self._failure = ServiceError("the HTTP service didn't start; the log says why")
         self._stopping.set()
         loader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
