@@ -6,6 +6,7 @@ headers and deeply nested JSON, answers what escaped every handler, and writes t
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -21,6 +22,8 @@ from openmint.errors import InvalidRequest, OpenMintError, TooLarge
 log = structlog.get_logger("openmint.access")
 
 MAX_JSON_DEPTH = 64
+DISCARD_SECONDS = 5.0
+"""How long the rest of a refused body is read and dropped."""
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BRACKETS = re.compile(rb"[\[\]{}]")
 _BINARY = (b"protobuf", b"multipart", b"octet-stream")
@@ -67,6 +70,7 @@ class Guard:
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
+            await _discard(receive, limit)
             raise _body_too_large(limit)
         parts: list[bytes] = []
         num_bytes = 0
@@ -77,6 +81,8 @@ class Guard:
             parts.append(message.get("body", b""))
             num_bytes += len(parts[-1])
             if num_bytes > limit:
+                parts.clear()
+                await _discard(receive, limit)
                 raise _body_too_large(limit)
             if not message.get("more_body"):
                 break
@@ -146,6 +152,21 @@ def json_depth_exceeds(body: bytes, limit: int) -> bool:
 
 def _body_too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body is larger than {limit} bytes; send less data in one request")
+
+
+async def _discard(receive: Receive, limit_bytes: int) -> None:
+    """Read on without keeping, for a while: a client that is cut off while it sends often loses
+    the answer too."""
+    left_bytes = limit_bytes
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left_bytes > 0:
+                message = await receive()
+                left_bytes -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
+    except TimeoutError:
+        return
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

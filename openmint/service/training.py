@@ -282,10 +282,7 @@ class Training:
         try:
             return await self._workers.by_digest(run.base.digest).call(command)
         except NotFound as error:
-            raise EngineFailed(
-                f"the worker no longer holds run {run.run_id} ({error.message}); "
-                "continue from a checkpoint with create_training_client_from_state"
-            ) from error
+            raise EngineFailed(error.message) from error
 
     async def keep_records(self) -> None:
         """Bring the records of the runs that were asked something up to date."""

@@ -11,12 +11,11 @@ import tinker
 @pytest.fixture(scope="module")
 def saved(server):
     """A run with a training state and a sampler checkpoint: their paths."""
-    service = tinker.ServiceClient(base_url=server.url, api_key=server.admin_key)
-    run = service.create_lora_training_client(base_model=server.base, rank=4)
-    state = run.save_state("state").result().path
-    sampler = run.save_weights_for_sampler("sampler").result().path
-    yield run.model_id, state, sampler
-    service.close()
+    with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
+        run = service.create_lora_training_client(base_model=server.base, rank=4).result()
+        state = run.save_state("state").result().path
+        sampler = run.save_weights_for_sampler("sampler").result().path
+        yield run.model_id, state, sampler
 
 
 @pytest.fixture

@@ -29,19 +29,23 @@ def policy_datum(logprobs, advantages=1.0):
 
 @pytest.fixture
 def client(server):
-    service = tinker.ServiceClient(base_url=server.url, api_key=server.admin_key)
-    yield service
-    service.close()
+    with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
+        yield service
 
 
 @pytest.fixture
-def base_model(client):
-    return client.get_server_capabilities().supported_models[0].model_name
+def rest(server):
+    return tinker.RestClient(base_url=server.url, api_key=server.admin_key)
+
+
+@pytest.fixture
+def base_model(rest):
+    return rest.get_server_capabilities().result().supported_models[0].model_name
 
 
 @pytest.fixture
 def run(client, base_model):
-    return client.create_lora_training_client(base_model=base_model, rank=8, seed=1)
+    return client.create_lora_training_client(base_model=base_model, rank=8, seed=1).result()
 
 
 def train(run, *data, loss="cross_entropy", steps=1, **config):
@@ -86,7 +90,7 @@ def test_policy_losses_run(run, loss, config):
 def test_custom_loss_runs_in_two_passes(run):
     def loss(data, logprobs):
         total = -sum(values.sum() for values in logprobs)
-        return total, {"mine:sum": float(total)}
+        return total, {"mine:sum": float(total.detach())}
 
     output = run.forward_backward_custom([sft_datum()], loss).result()
     assert output.metrics["loss:sum"] > 0
@@ -118,9 +122,9 @@ def test_many_chunks_and_pipelined_steps_keep_their_order(run):
 
 
 def test_sampler_sees_the_trained_weights(run, client, base_model):
-    before = client.create_sampling_client(base_model=base_model)
+    before = client.create_sampling_client(base_model=base_model).result()
     train(run, sft_datum(), steps=5)
-    after = run.save_weights_and_get_sampling_client()
+    after = run.save_weights_and_get_sampling_client().result()
     tokens = types.ModelInput.from_ints([504, 3575, 282, 4649, 314, 7042])
     gained = sum(after.compute_logprobs(tokens).result()[1:])
     assert gained > sum(before.compute_logprobs(tokens).result()[1:]) + 1
@@ -129,7 +133,7 @@ def test_sampler_sees_the_trained_weights(run, client, base_model):
 def test_trainer_and_sampler_agree(run):
     train(run, sft_datum(), steps=2)
     trained = run.forward([sft_datum()], "cross_entropy").result()
-    sampler = run.save_weights_and_get_sampling_client()
+    sampler = run.save_weights_and_get_sampling_client().result()
     tokens = types.ModelInput.from_ints([504, 3575, 282, 4649, 314, 7042])
     sampled = np.array(sampler.compute_logprobs(tokens).result()[1:])
     differences = np.abs(trained.loss_fn_outputs[0]["logprobs"].to_numpy() - sampled)
@@ -137,7 +141,7 @@ def test_trainer_and_sampler_agree(run):
 
 
 def test_sampling_options(client, base_model):
-    sampler = client.create_sampling_client(base_model=base_model)
+    sampler = client.create_sampling_client(base_model=base_model).result()
     prompt = types.ModelInput.from_ints(PROMPT)
     params = types.SamplingParams(max_tokens=4, seed=3, temperature=1.0, stop=[])
     one = sampler.sample(prompt, 3, params).result()
@@ -148,7 +152,7 @@ def test_sampling_options(client, base_model):
 
 
 def test_a_stop_token_ends_the_sample_and_is_in_it(client, base_model):
-    sampler = client.create_sampling_client(base_model=base_model)
+    sampler = client.create_sampling_client(base_model=base_model).result()
     prompt = types.ModelInput.from_ints(PROMPT)
     greedy = types.SamplingParams(max_tokens=6, temperature=0.0, stop=[])
     tokens = sampler.sample(prompt, 1, greedy).result().sequences[0].tokens
@@ -159,7 +163,7 @@ def test_a_stop_token_ends_the_sample_and_is_in_it(client, base_model):
 
 
 def test_prompt_logprobs_of_every_kind(client, base_model):
-    sampler = client.create_sampling_client(base_model=base_model)
+    sampler = client.create_sampling_client(base_model=base_model).result()
     params = types.SamplingParams(max_tokens=1, temperature=0.0)
     response = sampler.sample(
         types.ModelInput.from_ints(PROMPT),
@@ -178,12 +182,15 @@ def test_prompt_logprobs_of_every_kind(client, base_model):
 def test_state_continues_as_if_never_stopped(run, client):
     train(run, sft_datum(), steps=2)
     path = run.save_state("half").result().path
-    copy = client.create_training_client_from_state_with_optimizer(path)
+    copy = client.create_training_client_from_state_with_optimizer(path).result()
     assert train(copy, sft_datum(), steps=2) == pytest.approx(
         train(run, sft_datum(), steps=2), rel=1e-3
     )
 
 
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # the SDK has a newer way; this one still works
 def test_load_state_goes_back(run):
     path = run.save_state("start").result().path
     first = train(run, sft_datum(), steps=2)
@@ -191,23 +198,21 @@ def test_load_state_goes_back(run):
     assert train(run, sft_datum(), steps=1)[0] == pytest.approx(first[0], rel=1e-3)
 
 
-def test_a_policy_keeps_its_name_and_named_saves_are_listed(client, base_model):
+def test_a_policy_keeps_its_name_and_named_saves_are_listed(client, rest, base_model):
     run = client.create_lora_training_client(
         base_model=base_model, rank=4, user_metadata={"policy": "support"}
-    )
+    ).result()
     path = run.save_weights_for_sampler("first").result().path
-    rest = client.create_rest_client()
     listed = rest.list_checkpoints(run.model_id).result().checkpoints
     assert [checkpoint.tinker_path for checkpoint in listed] == [path]
     assert rest.get_training_run(run.model_id).result().user_metadata == {"policy": "support"}
-    sampler = client.create_sampling_client(model_path=path)
+    sampler = client.create_sampling_client(model_path=path).result()
     assert sampler.sample(
         types.ModelInput.from_ints(PROMPT), 1, types.SamplingParams(max_tokens=1)
     ).result()
 
 
-def test_rest_client_reads_and_manages(run, client, base_model):
-    rest = client.create_rest_client()
+def test_rest_client_reads_and_manages(run, rest):
     state = run.save_state("one", ttl_seconds=3600).result().path
     external = run.save_weights_external("peft").result().path
     assert rest.get_weights_info_by_tinker_path(state).result().lora_rank == 8
@@ -231,15 +236,22 @@ def test_rest_client_reads_and_manages(run, client, base_model):
     assert session in rest.list_sessions().result().sessions
 
 
-def test_a_published_checkpoint_can_be_used_by_another_tenant_and_no_other(server, run, base_model):
+def test_a_published_checkpoint_can_be_used_by_another_tenant_and_no_other(server, rest, run):
     path = run.save_state("shared").result().path
-    other = tinker.ServiceClient(base_url=server.url, api_key=server.make_key("globex"))
-    with pytest.raises(tinker.NotFoundError):
-        other.create_training_client_from_state(path)
-    owner = tinker.RestClient(base_url=server.url, api_key=server.admin_key)
-    owner.publish_checkpoint_from_tinker_path(path).result()
-    assert other.create_training_client_from_state(path).get_info().lora_rank == 8
-    other.close()
+    key = server.make_key("globex")
+    with tinker.ServiceClient(base_url=server.url, api_key=key) as other:
+        with pytest.raises(tinker.NotFoundError):
+            other.create_training_client_from_state(path).result()
+        rest.publish_checkpoint_from_tinker_path(path).result()
+        copy = other.create_training_client_from_state(path).result()
+        assert copy.get_info().lora_rank == 8
+
+
+def test_weights_can_be_copied_into_a_session_of_their_own(rest, run):
+    path = run.save_weights_for_sampler("original").result().path
+    copied = rest.copy_weights(path, "elsewhere", ttl_seconds=3600).result()
+    assert copied != path
+    assert rest.get_weights_info_by_tinker_path(copied).result().lora_rank == 8
 
 
 def test_a_bad_request_leaves_the_run_as_it_was(run):
@@ -250,19 +262,7 @@ def test_a_bad_request_leaves_the_run_as_it_was(run):
 
 
 def test_hundreds_of_samples_at_once(client, base_model):
-    sampler = client.create_sampling_client(base_model=base_model)
+    sampler = client.create_sampling_client(base_model=base_model).result()
     params = types.SamplingParams(max_tokens=2, temperature=1.0)
     futures = [sampler.sample(types.ModelInput.from_ints([504, i]), 1, params) for i in range(64)]
     assert all(len(future.result().sequences) == 1 for future in futures)
-
-
-def test_finished_session_is_gone(server):
-    service = tinker.ServiceClient(base_url=server.url, api_key=server.admin_key)
-    base_model = service.get_server_capabilities().supported_models[0].model_name
-    run = service.create_lora_training_client(base_model=base_model, rank=2)
-    sampler = run.save_weights_and_get_sampling_client()
-    service.close()
-    with pytest.raises(tinker.TinkerError):
-        sampler.sample(
-            types.ModelInput.from_ints(PROMPT), 1, types.SamplingParams(max_tokens=1)
-        ).result()
