@@ -129,9 +129,8 @@ def _head_chunk(
     """Target log-probabilities of a chunk; its loss and gradients go where they belong."""
     deltas = model.head.deltas(adapters)
     logits_CV, head_hidden = model.head.forward(hidden_CD, deltas)
-    logits_CV = logits_CV.float()
-    norm_C1 = logits_CV.logsumexp(-1, keepdim=True)
-    logprobs_CK = (logits_CV.gather(1, targets_CK) - norm_C1).requires_grad_()
+    all_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+    logprobs_CK = all_CV.gather(1, targets_CK).requires_grad_()
     loss_CK = LOSS_FUNCTIONS[work.loss.name](logprobs_CK, inputs, work.config)
     work.loss_sum += float(loss_CK.detach().double().sum())
     if grad_CD is None:
@@ -140,8 +139,9 @@ def _head_chunk(
     rows = slope_CK.ne(0).any(dim=1).nonzero().squeeze(1)
     if len(rows):
         # d lp_k / d logits = onehot(target_k) - softmax
-        slope_RK, logits_RV = slope_CK[rows], logits_CV[rows]
-        grad_RV = (logits_RV - norm_C1[rows]).exp_().mul_(-slope_RK.sum(1, keepdim=True))
+        slope_RK = slope_CK[rows]
+        grad_RV = (all_CV if len(rows) == len(all_CV) else all_CV[rows]).exp_()
+        grad_RV.mul_(-slope_RK.sum(1, keepdim=True))
         grad_RV.scatter_add_(1, targets_CK[rows], slope_RK)
         grad_RV = grad_RV.to(hidden_CD.dtype)
         few = [h_CR[rows] for h_CR in head_hidden]
