@@ -94,7 +94,8 @@ class WorkerClient:
             self._send(Submit(work_id, command))
             return await future
         except asyncio.CancelledError:
-            if isinstance(command, SampleWork) and not future.done() | (not self.alive):
+            # Cancelling the awaiting task cancelled the future too, unless it was answered.
+            if isinstance(command, SampleWork) and future.cancelled() and self.alive:
                 self._send(Cancel(work_id))
             raise
         finally:
@@ -109,13 +110,14 @@ class WorkerClient:
             while True:
                 self._deliver(await read_frame(self._reader))
         except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the worker has gone
+        finally:
             self.alive = False
+            self._writer.close()
             for future in self._waiting.values():
                 if not future.done():
                     error = f"the worker of base {self.base.name!r} stopped while this was running"
                     future.set_exception(EngineFailed(error))
-        finally:
-            self._writer.close()
 
     def _deliver(self, message: ToGateway) -> None:
         match message:

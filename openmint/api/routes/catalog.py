@@ -428,8 +428,8 @@ async def _read_form(request: Request) -> tuple[str | None, dict[str, Any], byte
     """Base, config and weights of a multipart import; the base may be left out."""
     async with request.form(max_files=2, max_fields=1) as form:
         base, config, weights = (form.get(name) for name in ("base", "config", "weights"))
-        named = set(form) <= {"base", "config", "weights"} and not isinstance(base, UploadFile)
-        if not named or not isinstance(config, UploadFile) or not isinstance(weights, UploadFile):
+        known = set(form) <= {"base", "config", "weights"} and not isinstance(base, UploadFile)
+        if not (known and isinstance(config, UploadFile) and isinstance(weights, UploadFile)):
             raise InvalidRequest(
                 "the form has two files, config (adapter_config.json) and weights "
                 "(adapter_model.safetensors), and a field base"
@@ -437,4 +437,5 @@ async def _read_form(request: Request) -> tuple[str | None, dict[str, Any], byte
         config_bytes = await config.read(MAX_CONFIG_BYTES + 1)
         if len(config_bytes) > MAX_CONFIG_BYTES:
             raise InvalidRequest(f"config is over {MAX_CONFIG_BYTES} bytes")
-        return base or None, parse_config(config_bytes), await weights.read()
+        name = str(base) if base else None
+        return name, parse_config(config_bytes), await weights.read()
