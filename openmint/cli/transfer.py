@@ -50,8 +50,8 @@ def import_adapter(
     if not config.is_file():
         raise InvalidRequest(f"{directory} holds no {CONFIG_FILE}; it isn't a PEFT folder")
     files = {
-        "adapter_config": (CONFIG_FILE, config.read_bytes(), "application/json"),
-        "adapter_model": (WEIGHTS_FILE, weights.read_bytes(), "application/octet-stream"),
+        "config": (CONFIG_FILE, config.read_bytes(), "application/json"),
+        "weights": (WEIGHTS_FILE, weights.read_bytes(), "application/octet-stream"),
     }
     with connect(url, key, data) as remote, progress(f"importing {directory.name}"):
         path = f"{policy_path(policy)}/revisions"

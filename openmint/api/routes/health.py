@@ -21,7 +21,7 @@ async def healthz() -> dict[str, str]:
 async def readyz(gateway: App) -> JSONResponse:
     """200 once every base is resident in a live worker, else 503 with what is missing."""
     bases = {client.base.name: client.alive for client in gateway.workers.all()}
-    ready = bool(bases) and all(bases.values())
+    ready = len(bases) == len(gateway.settings.bases) and all(bases.values())
     states = {name: "ready" if alive else "down" for name, alive in bases.items()}
     content = {"status": "ready" if ready else "unavailable", "bases": states}
     return JSONResponse(content, 200 if ready else 503)

@@ -1,0 +1,41 @@
+"""`openmint doctor` names what is missing and exits 1 only for what stops the service."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openmint.cli import doctor
+from tests.servers import free_port, run_cli, run_cli_json
+
+
+def test_every_check_reports(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    findings: Any = run_cli_json("doctor", "--data", str(tmp_path), "--url", url)
+    states = {finding["name"]: finding["state"] for finding in findings}
+    assert set(states) == {
+        "python", "torch", "cores", "memory", "disk", "sqlite", "base", "data", "server", "port",
+    }  # fmt: skip
+    assert states["data"] == "ok"
+    assert states["server"] == "warn"
+
+
+def test_an_old_sqlite_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 2))
+    assert doctor.check_sqlite().state == "warn"
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 3))
+    assert doctor.check_sqlite().state == "ok"
+
+
+def test_a_full_disk_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "MIN_DISK_GIB", 1e9)
+    assert doctor.check_disk(tmp_path).state == "fail"
+
+
+def test_the_command_is_readable_when_piped(tmp_path: Path) -> None:
+    text = run_cli("doctor", "--data", str(tmp_path)).stdout
+    assert "\x1b" not in text
+    assert "python" in text
