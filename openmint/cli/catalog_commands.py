@@ -35,7 +35,6 @@ POLICY_COLUMNS = ("policy", "base", "created_at")
 REVISION_COLUMNS = (
     "number", "digest", "num_optim_steps", "rank", "alpha", "size_bytes", "origin", "created_at",
 )  # fmt: skip
-PAGE_ITEMS = 200
 POLL_SECONDS = 0.5
 ALIAS_COLUMNS = ("alias", "digest", "version", "updated_at")
 EVENT_COLUMNS = (
@@ -64,7 +63,7 @@ def list_policies(
 ) -> None:
     """The tenant's policies."""
     with connect(url, key, data) as remote:
-        items = _policies(remote, limit, search=search, tenant=tenant)
+        items = remote.take("/catalog/v1/policies", limit, search=search, tenant=tenant)
     show(items, as_json=as_json, columns=POLICY_COLUMNS)
 
 
@@ -95,7 +94,7 @@ def list_revisions(
 ) -> None:
     """The revisions of a policy, newest first."""
     with connect(url, key, data) as remote:
-        items = _revisions(remote, f"{policy_path(policy)}/revisions", limit, ephemeral)
+        items = remote.take(f"{policy_path(policy)}/revisions", limit, ephemeral=ephemeral)
     show(items, as_json=as_json, columns=REVISION_COLUMNS)
 
 
@@ -122,7 +121,7 @@ def list_aliases(
 ) -> None:
     """The aliases of a policy and what they name now."""
     with connect(url, key, data) as remote:
-        items = remote.get(f"{policy_path(policy)}/aliases")["aliases"]
+        items = remote.get(f"{policy_path(policy)}/aliases")["items"]
     show(items, as_json=as_json, columns=ALIAS_COLUMNS)
 
 
@@ -139,7 +138,7 @@ def alias_history(
     """Every move of an alias, newest first."""
     with connect(url, key, data) as remote:
         path = f"{policy_path(policy)}/aliases/{alias}/history"
-        items = remote.get(path, limit=min(limit, 1000))["events"]
+        items = remote.take(path, limit)
     show(items, as_json=as_json, columns=EVENT_COLUMNS)
 
 
@@ -250,34 +249,6 @@ def _digest_of(remote: Remote, policy: str, address: PolicyAddress) -> str:
         known = ", ".join(sorted(named)) or "none"
         raise NotFound(f"{address} names no revision; aliases of the policy: {known}")
     return str(digest)
-
-
-def _policies(remote: Remote, limit: int, *, search: str | None, tenant: str | None) -> list[Any]:
-    items: list[Any] = []
-    cursor: str | None = None
-    while len(items) < limit:
-        size = min(limit - len(items), PAGE_ITEMS)
-        page = remote.get(
-            "/catalog/v1/policies", limit=size, cursor=cursor, search=search, tenant=tenant
-        )
-        items += page["policies"]
-        cursor = page["next_cursor"]
-        if not cursor:
-            break
-    return items
-
-
-def _revisions(remote: Remote, path: str, limit: int, ephemeral: bool) -> list[Any]:
-    items: list[Any] = []
-    before: int | None = None
-    while len(items) < limit:
-        size = min(limit - len(items), PAGE_ITEMS)
-        page = remote.get(path, limit=size, before=before, ephemeral=ephemeral)["revisions"]
-        items += page
-        if len(page) < size:
-            break
-        before = page[-1]["number"]
-    return items
 
 
 def _show_move(policy: str, moved: Any, *, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from openmint import errors
 from openmint.cli.output import fail
 
 TIMEOUT_SECONDS = 600.0
+PAGE_ITEMS = 200
 ERROR_OF_STATUS: dict[int, type[errors.OpenMintError]] = {
     400: errors.InvalidRequest,
     401: errors.Unauthenticated,
@@ -55,6 +56,19 @@ class Remote:
 
     def get(self, path: str, **params: Any) -> Any:
         return self.send("GET", path, params=_present(params))
+
+    def take(self, path: str, limit: int, **params: Any) -> list[Any]:
+        """The first `limit` items of a paged list."""
+        items: list[Any] = []
+        cursor: str | None = None
+        while len(items) < limit:
+            size = min(limit - len(items), PAGE_ITEMS)
+            page = self.get(path, **params, limit=size, cursor=cursor)
+            items += page["items"]
+            cursor = page["next_cursor"]
+            if not cursor:
+                break
+        return items
 
     def post(self, path: str, body: dict[str, Any], *, if_match: int | None = None) -> Any:
         headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
