@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ def merge_into_folder(
 
     if target.exists() and any(target.iterdir()):
         raise InvalidRequest(f"{target} is not empty; give a folder that doesn't exist yet")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, local_files_only=True
+    )
     paths = module_paths(adapter)
     if "lm_head" in paths and model.config.tie_word_embeddings:
         _untie(model)
