@@ -6,13 +6,15 @@ below, so that rolling back twice does not return to what was rolled back first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sqlalchemy import Connection, select, update
 
 from openmint.catalog import tables as t
 from openmint.catalog.address import PolicyAddress
 from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
-from openmint.catalog.policies import find_policy
+from openmint.catalog.policies import find_policy, get_or_create
 from openmint.catalog.records import (
     Alias,
     AliasAction,
@@ -21,17 +23,18 @@ from openmint.catalog.records import (
     Resolved,
     Revision,
 )
-from openmint.catalog.revisions import find_by_prefix, find_live_revision
+from openmint.catalog.revisions import find_by_prefix, find_live_revision, put_revision
 from openmint.catalog.rows import (
     ALIAS_EVENTS,
     ALIASES,
     MAX_LIST,
     REVISIONS,
+    SavedBytes,
     many,
     one,
 )
 from openmint.errors import Conflict, NotFound
-from openmint.types import Digest, Tenant
+from openmint.types import BaseInfo, Digest, Tenant
 
 LATEST = "latest"
 SERVED = "prod"
@@ -122,9 +125,9 @@ class AliasRecords:
         self,
         tenant: Tenant,
         policy: str,
+        alias: str,
         digest: str,
         *,
-        alias: str = SERVED,
         actor: str,
         reason: str = "",
         expected_version: int | None = None,
@@ -160,8 +163,8 @@ class AliasRecords:
         self,
         tenant: Tenant,
         policy: str,
+        alias: str,
         *,
-        alias: str = SERVED,
         to_digest: str | None = None,
         actor: str,
         reason: str = "",
@@ -190,6 +193,36 @@ class AliasRecords:
                 reason=reason,
                 expected_version=expected_version,
             )
+
+    def import_revision(
+        self,
+        tenant: Tenant,
+        policy: str,
+        base: BaseInfo,
+        blob: SavedBytes,
+        *,
+        actor: str,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Revision:
+        """A revision that was trained elsewhere; alias `latest` moves to it.
+
+        Makes the policy where there is none. Raises InvalidRequest when it has another base.
+        """
+        with self._database.write() as connection:
+            owner = get_or_create(connection, tenant, policy, base)
+            added = put_revision(
+                connection,
+                owner,
+                blob,
+                run=None,
+                origin="imported",
+                ephemeral=False,
+                user_metadata=user_metadata,
+            )
+            subject = f"{tenant}/{policy}@{added.digest}"
+            note_event(connection, tenant, actor, "revision.import", subject)
+            move_alias(connection, owner, LATEST, added.digest, "set", actor=actor)
+            return added
 
     def aliases(self, tenant: Tenant, policy: str) -> list[Alias]:
         """A policy's aliases by name. Raises NotFound for the policy."""
@@ -226,15 +259,12 @@ class AliasRecords:
             query = query.order_by(t.alias_event.c.event_id.desc()).limit(min(limit, MAX_LIST))
             return many(connection, AliasEvent, query)
 
-    def resolve(self, tenant: Tenant, policy: str, alias: str | None = None) -> Revision:
-        """The revision that the alias names now; without one, `prod` when set, else `latest`.
+    def resolve(self, tenant: Tenant, text: str) -> Resolved:
+        """What an address means to `tenant` now; a bare policy is `prod` when set, else `latest`.
 
-        Raises NotFound.
+        Raises InvalidRequest for what is no address, NotFound, for another tenant's too.
         """
-        return self.resolve_address(tenant, PolicyAddress(tenant, policy, alias)).revision
-
-    def resolve_address(self, tenant: Tenant, address: PolicyAddress) -> Resolved:
-        """What `address` means to `tenant` now. Raises NotFound, for another tenant's too."""
+        address = PolicyAddress.parse(text)
         if address.tenant != tenant:
             raise NotFound(f"no policy {address!s}")
         with self._database.read() as connection:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Protocol
 
 from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
 
@@ -12,9 +12,14 @@ from openmint.catalog import tables as t
 from openmint.catalog.aliases import LATEST, move_alias
 from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
-from openmint.catalog.policies import find_policy, find_run
-from openmint.catalog.records import Checkpoint, Sampler, Segment
-from openmint.catalog.revisions import delete_revision_row, put_revision
+from openmint.catalog.policies import find_policy, find_run, put_run
+from openmint.catalog.records import Checkpoint, Run, Sampler, Segment
+from openmint.catalog.revisions import (
+    delete_revision_row,
+    needs_bytes,
+    note_steps,
+    put_revision,
+)
 from openmint.catalog.rows import (
     CHECKPOINTS,
     MAX_LIST,
@@ -30,6 +35,23 @@ from openmint.errors import Conflict, NotFound
 from openmint.types import BaseInfo, Digest, RunId, SessionId, Tenant
 
 
+class RunToAdd(Protocol):
+    """A run that is to be, as the service knows it."""
+
+    @property
+    def tenant(self) -> Tenant: ...
+    @property
+    def session_id(self) -> SessionId: ...
+    @property
+    def run_id(self) -> RunId: ...
+    @property
+    def policy(self) -> str: ...
+    @property
+    def base(self) -> BaseInfo: ...
+    @property
+    def user_metadata(self) -> Mapping[str, str]: ...
+
+
 class CheckpointRecords:
     """The checkpoints of every tenant. An expired one is as good as gone."""
 
@@ -43,7 +65,7 @@ class CheckpointRecords:
         name: str,
         blob: SavedBytes,
         *,
-        expires_at: datetime | None = None,
+        ttl_seconds: float | None = None,
         overwrite: bool = False,
         user_metadata: Mapping[str, str] | None = None,
     ) -> Checkpoint:
@@ -53,45 +75,33 @@ class CheckpointRecords:
         Repeating it with the same bytes is safe. Raises NotFound for the run, Conflict when the
         name holds other bytes and `overwrite` is off.
         """
-        this = _named(run_id, segment, name)
         with self._database.write() as connection:
             run = find_run(connection, tenant, run_id)
-            known = one(connection, Checkpoint, CHECKPOINTS.where(this, _unexpired()))
-            if known is not None and known.digest != blob.digest and not overwrite:
-                raise Conflict(
-                    f"checkpoint {segment}/{name} of run {run_id} exists; "
-                    "choose another name, delete it, or save with overwrite"
-                )
-            connection.execute(delete(t.checkpoint).where(this))
-            connection.execute(
-                t.checkpoint.insert().values(
-                    run_id=run_id,
-                    segment=segment,
-                    name=name,
-                    tenant=tenant,
-                    **blob_values(blob),
-                    public=False,
-                    user_metadata=metadata(user_metadata),
-                    created_at=now(),
-                    expires_at=expires_at,
-                )
+            return _put(connection, run, segment, name, blob, ttl_seconds, overwrite, user_metadata)
+
+    def copy_checkpoint(
+        self, source: Checkpoint, new: RunToAdd, ttl_seconds: float | None = None
+    ) -> Checkpoint:
+        """The copy of a checkpoint under a run of its own, sharing the bytes; safe to repeat.
+
+        The caller has shown that it may read `source`. Raises NotFound for the session or when
+        `source` is gone by now, Conflict when the name in that run holds other bytes.
+        """
+        this = _named(source.run_id, source.segment, source.name)
+        with self._database.write() as connection:
+            _find(connection, this, source.segment, source.name)
+            run = put_run(
+                connection,
+                new.tenant,
+                new.run_id,
+                session_id=new.session_id,
+                policy=new.policy,
+                base=new.base,
+                spec=source.spec,
+                user_metadata=new.user_metadata,
             )
-            steps: dict[str, Any] = {"num_optim_steps": blob.num_optim_steps}
-            steps["last_request_at"] = now()
-            connection.execute(update(t.run).where(t.run.c.run_id == run_id).values(**steps))
-            if segment == "sampler_weights":
-                policy = find_policy(connection, tenant, run.policy_name)
-                put_revision(
-                    connection,
-                    policy,
-                    blob,
-                    run=run,
-                    origin="trained",
-                    ephemeral=False,
-                    user_metadata=user_metadata,
-                )
-                move_alias(connection, policy, LATEST, blob.digest, "set", actor=run_id)
-            return _find(connection, this & (t.checkpoint.c.tenant == tenant), segment, name)
+            where = (connection, run, source.segment, source.name)
+            return _put(*where, source, ttl_seconds, False, source.user_metadata)
 
     def checkpoint(self, tenant: Tenant, run_id: RunId, segment: Segment, name: str) -> Checkpoint:
         """The tenant's own checkpoint. Raises NotFound."""
@@ -125,24 +135,30 @@ class CheckpointRecords:
             found = many(connection, Checkpoint, page)
             return found, int(connection.execute(count).scalar_one())
 
-    def checkpoint_usage(self, tenant: Tenant) -> tuple[int, int]:
-        """How many checkpoints the tenant has, and the sum of their bytes."""
+    def checkpoint_usage(
+        self, tenant: Tenant, *, session_id: SessionId | None = None
+    ) -> tuple[int, int]:
+        """How many checkpoints the tenant has, or one session of it, and the sum of their bytes."""
         total = func.coalesce(func.sum(t.checkpoint.c.size_bytes), 0)
-        query = select(func.count(), total).where(t.checkpoint.c.tenant == tenant, _unexpired())
+        query = select(func.count(), total).select_from(t.checkpoint)
+        query = query.where(t.checkpoint.c.tenant == tenant, _unexpired())
+        if session_id is not None:
+            query = query.join(t.run).where(t.run.c.session_id == session_id)
         with self._database.read() as connection:
             count, size_bytes = connection.execute(query).one()
             return int(count), int(size_bytes)
 
-    def set_checkpoint_expiry(
+    def set_checkpoint_ttl(
         self,
         tenant: Tenant,
         run_id: RunId,
         segment: Segment,
         name: str,
-        expires_at: datetime | None,
+        ttl_seconds: float | None,
     ) -> Checkpoint:
-        """Let it expire then; None: never. Raises NotFound."""
-        return self._change(tenant, run_id, segment, name, {"expires_at": expires_at})
+        """Let it expire that long from now; None: never. Raises NotFound."""
+        change = {"expires_at": _expiry(ttl_seconds)}
+        return self._change(tenant, run_id, segment, name, change)
 
     def set_checkpoint_public(
         self,
@@ -182,28 +198,30 @@ class CheckpointRecords:
 
     def delete_checkpoint(
         self, tenant: Tenant, run_id: RunId, segment: Segment, name: str, *, actor: str
-    ) -> Checkpoint:
-        """Remove it and say what it was. Its revision goes too, unless it has another use.
+    ) -> Digest | None:
+        """Remove it, expired or not; gives the digest of its bytes when nothing needs them now.
 
-        Uses are: another checkpoint, an alias, a place in the history of an alias but `latest`.
-        Raises NotFound.
+        Its revision goes too, unless it has another use: another checkpoint, an alias, a place in
+        the history of an alias but `latest`. Raises NotFound.
         """
-        owned = _named(run_id, segment, name) & (t.checkpoint.c.tenant == tenant)
+        this = _named(run_id, segment, name)
         with self._database.write() as connection:
-            found = _find(connection, owned, segment, name)
-            _remove(connection, found)
+            owned = this & (t.checkpoint.c.tenant == tenant)
+            found = one(connection, Checkpoint, CHECKPOINTS.where(owned))
+            if found is None:
+                raise _not_found(segment, name)
+            connection.execute(delete(t.checkpoint).where(this))
+            if segment == "sampler_weights" and not _has_other_use(connection, found):
+                delete_revision_row(connection, found.policy_id, found.digest)
             subject = f"{run_id}/{segment}/{name}"
             note_event(connection, tenant, actor, "checkpoint.delete", subject)
-            return found
+            return None if needs_bytes(connection, found.digest) else found.digest
 
-    def delete_expired_checkpoints(self) -> list[Checkpoint]:
-        """Remove what has expired, some at a time; says what it was, for the collector."""
+    def expired_checkpoints(self) -> list[Checkpoint]:
+        """Every tenant's checkpoints whose time is over, some at a time, for the sweeper."""
         query = CHECKPOINTS.where(t.checkpoint.c.expires_at <= now()).limit(MAX_LIST)
-        with self._database.write() as connection:
-            expired = many(connection, Checkpoint, query)
-            for checkpoint in expired:
-                _remove(connection, checkpoint)
-            return expired
+        with self._database.read() as connection:
+            return many(connection, Checkpoint, query)
 
 
 def _named(run_id: RunId, segment: Segment, name: str) -> ColumnElement[bool]:
@@ -225,13 +243,63 @@ def _find(
 ) -> Checkpoint:
     if found := one(connection, Checkpoint, CHECKPOINTS.where(where, _unexpired())):
         return found
-    raise NotFound(f"no checkpoint {segment}/{name[:200]} of that run")
+    raise _not_found(segment, name)
 
 
-def _remove(connection: Connection, gone: Checkpoint) -> None:
-    connection.execute(delete(t.checkpoint).where(_named(gone.run_id, gone.segment, gone.name)))
-    if gone.segment == "sampler_weights" and not _has_other_use(connection, gone):
-        delete_revision_row(connection, gone.policy_id, gone.digest)
+def _not_found(segment: str, name: str) -> NotFound:
+    return NotFound(f"no checkpoint {segment}/{name[:200]} of that run")
+
+
+def _expiry(ttl_seconds: float | None) -> datetime | None:
+    return None if ttl_seconds is None else now() + timedelta(seconds=ttl_seconds)
+
+
+def _put(
+    connection: Connection,
+    run: Run,
+    segment: Segment,
+    name: str,
+    blob: SavedBytes,
+    ttl_seconds: float | None,
+    overwrite: bool,
+    user_metadata: Mapping[str, str] | None,
+) -> Checkpoint:
+    this = _named(run.run_id, segment, name)
+    known = one(connection, Checkpoint, CHECKPOINTS.where(this, _unexpired()))
+    if known is not None and known.digest != blob.digest and not overwrite:
+        raise Conflict(
+            f"checkpoint {segment}/{name} of run {run.run_id} exists; "
+            "choose another name, delete it, or save with overwrite"
+        )
+    connection.execute(delete(t.checkpoint).where(this))
+    connection.execute(
+        t.checkpoint.insert().values(
+            run_id=run.run_id,
+            segment=segment,
+            name=name,
+            tenant=run.tenant,
+            **blob_values(blob),
+            # A repeated save of the same bytes stays published; other bytes need publishing anew.
+            public=known is not None and known.public and known.digest == blob.digest,
+            user_metadata=metadata(user_metadata),
+            created_at=now(),
+            expires_at=_expiry(ttl_seconds),
+        )
+    )
+    note_steps(connection, run, blob)
+    if segment == "sampler_weights":
+        policy = find_policy(connection, run.tenant, run.policy_name)
+        put_revision(
+            connection,
+            policy,
+            blob,
+            run=run,
+            origin="trained",
+            ephemeral=False,
+            user_metadata=user_metadata,
+        )
+        move_alias(connection, policy, LATEST, blob.digest, "set", actor=run.run_id)
+    return _find(connection, this, segment, name)
 
 
 def _has_other_use(connection: Connection, gone: Checkpoint) -> bool:

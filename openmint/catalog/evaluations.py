@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, update
+from sqlalchemy import Connection, Float, cast, func, update
 
 from openmint.catalog import tables as t
 from openmint.catalog.database import Database, now
@@ -22,11 +22,12 @@ class EvaluationRecords:
 
     _database: Database
 
-    def add_task(
+    def put_task(
         self, tenant: Tenant, name: str, digest: Digest, body: Mapping[str, Any]
     ) -> TaskRecord:
         """The task under its digest; the one there is when repeated."""
-        this = _task(tenant, name) & (t.evaluation_task.c.digest == digest)
+        column = t.evaluation_task.c
+        this = (column.tenant == tenant) & (column.name == name) & (column.digest == digest)
         with self._database.write() as connection:
             if known := one(connection, TaskRecord, TASKS.where(this)):
                 return known
@@ -42,16 +43,16 @@ class EvaluationRecords:
             )
             return row
 
-    def task(self, tenant: Tenant, name: str, digest: Digest | None = None) -> TaskRecord:
-        """The task as last added under the name, or as `digest` names it. Raises NotFound."""
-        query = TASKS.where(_task(tenant, name))
-        if digest is not None:
-            query = query.where(t.evaluation_task.c.digest == digest)
-        newest = query.order_by(t.evaluation_task.c.created_at.desc()).limit(1)
+    def task(self, tenant: Tenant, reference: str) -> TaskRecord:
+        """The task of that digest, or the one last put under that name. Raises NotFound."""
+        column = t.evaluation_task.c
+        named = column.digest if reference.startswith("sha256:") else column.name
+        query = TASKS.where(column.tenant == tenant, named == reference)
         with self._database.read() as connection:
+            newest = query.order_by(column.created_at.desc()).limit(1)
             if found := one(connection, TaskRecord, newest):
                 return found
-        raise NotFound(f"no evaluation task {name[:200]!r}")
+        raise NotFound(f"no evaluation task {reference[:200]!r}")
 
     def tasks(self, tenant: Tenant) -> list[TaskRecord]:
         """The tenant's tasks by name, every version of each, newest version first."""
@@ -61,11 +62,11 @@ class EvaluationRecords:
             ordered = query.order_by(column.name, column.created_at.desc())
             return many(connection, TaskRecord, ordered.limit(MAX_LIST))
 
-    def add_evaluation(
+    def start_evaluation(
         self,
         tenant: Tenant,
         *,
-        policy: str | None,
+        policy_name: str | None,
         digest: Digest | None,
         base_name: str,
         task_name: str,
@@ -78,12 +79,12 @@ class EvaluationRecords:
 
         Raises NotFound for the policy or the revision, InvalidRequest for one without the other.
         """
-        if (policy is None) != (digest is None):
+        if (policy_name is None) != (digest is None):
             raise InvalidRequest("name a policy and a revision of it, or neither for the base")
         with self._database.write() as connection:
             policy_id = None
-            if policy is not None and digest is not None:
-                owner = find_policy(connection, tenant, policy)
+            if policy_name is not None and digest is not None:
+                owner = find_policy(connection, tenant, policy_name)
                 find_live_revision(connection, owner, digest)
                 policy_id = owner.policy_id
             added = connection.execute(
@@ -105,15 +106,10 @@ class EvaluationRecords:
             assert added.inserted_primary_key is not None
             return _find(connection, tenant, added.inserted_primary_key[0])
 
-    def finish_evaluation(
-        self, tenant: Tenant, evaluation_id: int, *, num_items: int, num_correct: int
-    ) -> Evaluation:
+    def finish_evaluation(self, tenant: Tenant, evaluation_id: int, num_correct: int) -> Evaluation:
         """The evaluation with its score. Raises NotFound."""
-        values = {
-            "num_items": num_items,
-            "num_correct": num_correct,
-            "score": num_correct / num_items if num_items else None,
-        }
+        num_items = cast(func.nullif(t.evaluation.c.num_items, 0), Float)
+        values = {"num_correct": num_correct, "score": num_correct / num_items}
         return self._end(tenant, evaluation_id, "finished", values)
 
     def fail_evaluation(self, tenant: Tenant, evaluation_id: int, error: str) -> Evaluation:
@@ -170,10 +166,6 @@ class EvaluationRecords:
         newest = query.order_by(column.evaluation_id.desc()).limit(min(limit, MAX_LIST))
         with self._database.read() as connection:
             return many(connection, Evaluation, newest)
-
-
-def _task(tenant: Tenant, name: str) -> ColumnElement[bool]:
-    return (t.evaluation_task.c.tenant == tenant) & (t.evaluation_task.c.name == name)
 
 
 def _find(connection: Connection, tenant: Tenant, evaluation_id: int) -> Evaluation:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, func, select, update
 
 from openmint.catalog import tables as t
 from openmint.catalog.database import Database, now
-from openmint.catalog.records import Policy, Run
+from openmint.catalog.records import Policy, PolicyPage, Run
 from openmint.catalog.rows import (
     MAX_LIST,
     POLICIES,
@@ -72,6 +72,47 @@ def find_run(connection: Connection, tenant: Tenant, run_id: RunId) -> Run:
     raise NotFound(f"no training run {run_id[:200]!r}")
 
 
+def put_run(
+    connection: Connection,
+    tenant: Tenant,
+    run_id: RunId,
+    *,
+    session_id: SessionId,
+    policy: str,
+    base: BaseInfo,
+    spec: LoraSpec,
+    user_metadata: Mapping[str, str] | None = None,
+    seed: int | None = None,
+    optimizer_config: Mapping[str, Any] | None = None,
+) -> Run:
+    """The run, and its policy where there was none. Raises as `add_run`."""
+    status = "live" if find_session(connection, tenant, session_id).status == "open" else "closed"
+    owner = get_or_create(connection, tenant, policy, base)
+    known = one(connection, Run, RUNS.where(t.run.c.run_id == run_id))
+    if known is None:
+        started_at = now()
+        connection.execute(
+            t.run.insert().values(
+                run_id=run_id,
+                session_id=session_id,
+                tenant=tenant,
+                policy_id=owner.policy_id,
+                model_seq_id=int(run_id.rpartition(":")[2]),
+                **spec_values(spec),
+                seed=seed,
+                user_metadata=metadata(user_metadata),
+                optimizer_config=optimizer_config and dict(optimizer_config),
+                created_at=started_at,
+                last_request_at=started_at,
+                status=status,
+                num_optim_steps=0,
+            )
+        )
+    elif (known.tenant, known.spec, known.policy_id) != (tenant, spec, owner.policy_id):
+        raise Conflict(f"run {run_id} exists and differs; use the next model_seq_id")
+    return find_run(connection, tenant, run_id)
+
+
 class PolicyRecords:
     """The policies of every tenant."""
 
@@ -99,27 +140,27 @@ class PolicyRecords:
         tenant: Tenant,
         *,
         limit: int = 100,
-        after: str | None = None,
+        cursor: str | None = None,
         prefix: str | None = None,
-        text: str | None = None,
-        base_digest: str | None = None,
-    ) -> list[Policy]:
-        """The tenant's policies by name; `after` is the last name of the page before.
+        search: str | None = None,
+    ) -> PolicyPage:
+        """A page of the tenant's policies by name; `cursor` is the page before's `next_cursor`.
 
-        `prefix` is answered from the index; `text` matches any part of a name and reads all.
+        `prefix` is answered from the index; `search` matches any part of a name and reads all.
         """
+        limit = min(limit, MAX_LIST)
         name = t.policy.c.name
         query = POLICIES.where(t.policy.c.tenant == tenant).order_by(name)
-        if after is not None:
-            query = query.where(name > after)
+        if cursor is not None:
+            query = query.where(name > cursor)
         if prefix:
             query = query.where(name >= prefix, name < prefix + LAST_CHARACTER)
-        if text:
-            query = query.where(name.contains(text.lower(), autoescape=True))
-        if base_digest is not None:
-            query = query.where(t.policy.c.base_digest == base_digest)
+        if search:
+            query = query.where(name.contains(search.lower(), autoescape=True))
         with self._database.read() as connection:
-            return many(connection, Policy, query.limit(min(limit, MAX_LIST)))
+            found = tuple(many(connection, Policy, query.limit(limit + 1)))
+        page = found[:limit]
+        return PolicyPage(page, page[-1].name if len(found) > limit else None)
 
     def num_policies(self, tenant: Tenant) -> int:
         query = select(func.count()).select_from(t.policy).where(t.policy.c.tenant == tenant)
@@ -151,31 +192,18 @@ class RunRecords:
         the same id with another shape or policy.
         """
         with self._database.write() as connection:
-            find_session(connection, tenant, session_id)
-            owner = get_or_create(connection, tenant, policy, base)
-            known = one(connection, Run, RUNS.where(t.run.c.run_id == run_id))
-            if known is None:
-                started_at = now()
-                connection.execute(
-                    t.run.insert().values(
-                        run_id=run_id,
-                        session_id=session_id,
-                        tenant=tenant,
-                        policy_id=owner.policy_id,
-                        model_seq_id=_seq_id(run_id),
-                        **spec_values(spec),
-                        seed=seed,
-                        user_metadata=metadata(user_metadata),
-                        optimizer_config=optimizer_config and dict(optimizer_config),
-                        created_at=started_at,
-                        last_request_at=started_at,
-                        status="live",
-                        num_optim_steps=0,
-                    )
-                )
-            elif (known.tenant, known.spec, known.policy_id) != (tenant, spec, owner.policy_id):
-                raise Conflict(f"run {run_id} exists and differs; use the next model_seq_id")
-            return find_run(connection, tenant, run_id)
+            return put_run(
+                connection,
+                tenant,
+                run_id,
+                session_id=session_id,
+                policy=policy,
+                base=base,
+                spec=spec,
+                user_metadata=user_metadata,
+                seed=seed,
+                optimizer_config=optimizer_config,
+            )
 
     def run(self, tenant: Tenant, run_id: RunId) -> Run:
         """Raises NotFound."""
@@ -228,8 +256,3 @@ class RunRecords:
             lost &= t.run.c.run_id.in_(run_ids)
         with self._database.write() as connection:
             return connection.execute(update(t.run).where(lost).values(status="lost")).rowcount
-
-
-def _seq_id(run_id: str) -> int:
-    """The number at the end of `<session>:train:<n>` or `<session>:sample:<n>`."""
-    return int(run_id.rpartition(":")[2])

@@ -77,6 +77,14 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyPage:
+    """Some policies by name; `next_cursor` continues after them, None at the end."""
+
+    items: tuple[Policy, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     run_id: RunId
     session_id: SessionId

@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy import Connection, func, select, update
 
 from openmint.catalog import tables as t
+from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
-from openmint.catalog.policies import find_policy, find_run, get_or_create
+from openmint.catalog.policies import find_policy, find_run
 from openmint.catalog.records import Origin, Policy, Revision, Run
 from openmint.catalog.rows import (
     MAX_LIST,
@@ -22,7 +23,7 @@ from openmint.catalog.rows import (
     one,
 )
 from openmint.errors import Conflict, InvalidRequest, NotFound
-from openmint.types import BaseInfo, Digest, RunId, SessionId, Tenant
+from openmint.types import Digest, RunId, SessionId, Tenant
 
 DIGEST_HEX = 71
 """Characters of a whole digest, `sha256:` included."""
@@ -98,9 +99,14 @@ def put_revision(
             )
         )
     if run is not None:
-        steps: dict[str, Any] = {"num_optim_steps": blob.num_optim_steps, "last_request_at": now()}
-        connection.execute(update(t.run).where(t.run.c.run_id == run.run_id).values(**steps))
+        note_steps(connection, run, blob)
     return find_live_revision(connection, policy, blob.digest)
+
+
+def note_steps(connection: Connection, run: Run, blob: SavedBytes) -> None:
+    """Let the run show how far it was trained when it was last saved."""
+    values: dict[str, Any] = {"num_optim_steps": blob.num_optim_steps, "last_request_at": now()}
+    connection.execute(update(t.run).where(t.run.c.run_id == run.run_id).values(**values))
 
 
 def _newest_of_run(connection: Connection, run: Run) -> Digest | None:
@@ -108,6 +114,14 @@ def _newest_of_run(connection: Connection, run: Run) -> Digest | None:
     query = select(t.revision.c.digest).where(t.revision.c.run_id == run.run_id)
     newest = query.order_by(t.revision.c.number.desc()).limit(1)
     return connection.execute(newest).scalar()
+
+
+def needs_bytes(connection: Connection, digest: Digest) -> bool:
+    """Whether a revision or a checkpoint refers to these bytes."""
+    return any(
+        connection.execute(query.where(column == digest).limit(1)).first()
+        for query, column in _references()
+    )
 
 
 def delete_revision_row(connection: Connection, policy_id: int, digest: str) -> None:
@@ -148,30 +162,6 @@ class RevisionRecords:
                 user_metadata=user_metadata,
             )
 
-    def import_revision(
-        self,
-        tenant: Tenant,
-        policy: str,
-        base: BaseInfo,
-        blob: SavedBytes,
-        *,
-        user_metadata: Mapping[str, str] | None = None,
-    ) -> Revision:
-        """A revision that was trained elsewhere; makes the policy where there is none.
-
-        Raises InvalidRequest when the policy has another base.
-        """
-        with self._database.write() as connection:
-            return put_revision(
-                connection,
-                get_or_create(connection, tenant, policy, base),
-                blob,
-                run=None,
-                origin="imported",
-                ephemeral=False,
-                user_metadata=user_metadata,
-            )
-
     def revision(self, tenant: Tenant, policy: str, digest: str) -> Revision:
         """A revision by its digest or the start of it. Raises NotFound, also when deleted."""
         with self._database.read() as connection:
@@ -184,11 +174,11 @@ class RevisionRecords:
         policy: str,
         *,
         limit: int = 100,
-        before_number: int | None = None,
-        with_ephemeral: bool = False,
-        with_deleted: bool = False,
+        before: int | None = None,
+        ephemeral: bool = False,
+        deleted: bool = False,
     ) -> list[Revision]:
-        """A policy's revisions, newest first; `before_number` continues after a page's last.
+        """A policy's revisions, newest first; `before` continues after a page's last number.
 
         Raises NotFound for the policy.
         """
@@ -196,11 +186,11 @@ class RevisionRecords:
         with self._database.read() as connection:
             owner = find_policy(connection, tenant, policy)
             query = REVISIONS.where(column.policy_id == owner.policy_id)
-            if before_number is not None:
-                query = query.where(column.number < before_number)
-            if not with_ephemeral:
+            if before is not None:
+                query = query.where(column.number < before)
+            if not ephemeral:
                 query = query.where(column.ephemeral.is_(False))
-            if not with_deleted:
+            if not deleted:
                 query = query.where(column.deleted_at.is_(None))
             newest = query.order_by(column.number.desc()).limit(min(limit, MAX_LIST))
             return many(connection, Revision, newest)
@@ -220,7 +210,7 @@ class RevisionRecords:
                 seen.add(parent)
             return chain
 
-    def delete_revision(self, tenant: Tenant, policy: str, digest: str) -> Revision:
+    def delete_revision(self, tenant: Tenant, policy: str, digest: str, *, actor: str) -> Revision:
         """Mark a revision deleted; its bytes go when nothing else needs them.
 
         Raises NotFound, Conflict while an alias names it.
@@ -235,6 +225,8 @@ class RevisionRecords:
                     f"alias {names[0]!r} names revision {found.digest}; move the alias first"
                 )
             delete_revision_row(connection, owner.policy_id, found.digest)
+            subject = f"{tenant}/{policy}@{found.digest}"
+            note_event(connection, tenant, actor, "revision.delete", subject)
             return found
 
     def delete_ephemeral(self, tenant: Tenant, session_id: SessionId) -> list[Digest]:
@@ -256,10 +248,7 @@ class RevisionRecords:
     def is_referenced(self, digest: Digest) -> bool:
         """Whether a revision or a checkpoint still needs these bytes."""
         with self._database.read() as connection:
-            return any(
-                connection.execute(query.where(column == digest).limit(1)).first()
-                for query, column in _references()
-            )
+            return needs_bytes(connection, digest)
 
     def referenced_digests(self) -> set[Digest]:
         """Every digest whose bytes a revision or a checkpoint needs."""

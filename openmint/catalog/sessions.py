@@ -107,6 +107,11 @@ class SessionRecords:
             _end(connection, [session_id for _, session_id in ended], "expired", *reason)
         return ended
 
+    def open_sessions(self) -> list[Session]:
+        """Every tenant's open sessions, for a gateway that starts."""
+        with self._database.read() as connection:
+            return many(connection, Session, SESSIONS.where(t.session.c.status == "open"))
+
     def sessions(self, tenant: Tenant, *, limit: int = 20, offset: int = 0) -> list[Session]:
         """The tenant's sessions, newest first."""
         newest = (t.session.c.created_at.desc(), t.session.c.session_id.desc())
