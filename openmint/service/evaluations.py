@@ -16,6 +16,7 @@ import structlog
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Evaluation, TaskRecord
 from openmint.errors import InvalidRequest, OpenMintError, Overloaded
+from openmint.evaluate.interval import wilson_interval
 from openmint.evaluate.run import Progress, run_task
 from openmint.evaluate.task import (
     EvaluationItem,
@@ -193,6 +194,13 @@ class Evaluations:
 
     async def _fail(self, tenant: Tenant, evaluation_id: int, message: str) -> None:
         await asyncio.to_thread(self._catalog.fail_evaluation, tenant, evaluation_id, message)
+
+
+def interval_95(evaluation: Evaluation) -> tuple[float, float] | None:
+    """The Wilson interval of a finished evaluation's score."""
+    if evaluation.status != "finished":
+        return None
+    return wilson_interval(evaluation.num_correct, evaluation.num_items)
 
 
 def _own_policy(tenant: Tenant, target: Target) -> str | None:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from openmint.catalog.address import NAME
 from openmint.catalog.records import (
     Alias,
     AliasEvent,
@@ -22,10 +21,9 @@ from openmint.catalog.records import (
     Role,
     TaskRecord,
 )
-from openmint.cluster.worker_client import WorkerClient
 from openmint.errors import InvalidRequest
-from openmint.evaluate.interval import wilson_interval
-from openmint.types import LoraSpec
+from openmint.scheduler.work import WorkerStats
+from openmint.types import BaseInfo, LoraSpec
 from openmint.wire.requests import Body
 
 Json = dict[str, Any]
@@ -33,7 +31,7 @@ Json = dict[str, Any]
 Reason = Annotated[str, Field(max_length=1000)]
 Version = Annotated[int, Field(ge=0, lt=1 << 62)]
 """What the alias must still be at; 0 means that it must be new."""
-Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
 Reference = Annotated[str, Field(min_length=1, max_length=512)]
 MAX_TTL_SECONDS = 10 * 366 * 86400
 
@@ -146,11 +144,9 @@ def encode_alias_event(event: AliasEvent) -> Json:
     }
 
 
-def encode_evaluation(evaluation: Evaluation) -> Json:
-    """With the score's 95% interval, which is computed here and never stored."""
+def encode_evaluation(evaluation: Evaluation, interval_95: tuple[float, float] | None) -> Json:
+    """With the score's interval, which is never stored; None until there is a score."""
     policy = evaluation.policy_name and f"{evaluation.tenant}/{evaluation.policy_name}"
-    low, high = wilson_interval(evaluation.num_correct, evaluation.num_items)
-    finished = evaluation.status == "finished"
     return {
         "evaluation_id": evaluation.evaluation_id,
         "status": evaluation.status,
@@ -165,7 +161,7 @@ def encode_evaluation(evaluation: Evaluation) -> Json:
         "n": evaluation.num_items,
         "num_correct": evaluation.num_correct,
         "score": evaluation.score,
-        "interval_95": [low, high] if finished else None,
+        "interval_95": interval_95,
         "created_at": _time(evaluation.created_at),
         "finished_at": _time(evaluation.finished_at),
     }
@@ -207,20 +203,20 @@ def encode_audit_event(event: AuditEvent) -> Json:
     }
 
 
-def encode_worker(client: WorkerClient) -> Json:
+def encode_worker(base: BaseInfo, stats: WorkerStats, *, alive: bool) -> Json:
     """A base's worker: what it is and its counters; which revisions are resident stays out."""
-    stats = asdict(client.stats)
-    stats.pop("resident_revisions")
+    counters = asdict(stats)
+    counters.pop("resident_revisions")
     return {
-        "base": client.base.name,
-        "base_digest": client.base.digest,
-        "architecture": client.base.architecture,
-        "device": client.base.device,
-        "dtype": client.base.dtype,
-        "context_length": client.base.context_length,
-        "weight_bytes": client.base.weight_bytes,
-        "alive": client.alive,
-        **stats,
+        "base": base.name,
+        "base_digest": base.digest,
+        "architecture": base.architecture,
+        "device": base.device,
+        "dtype": base.dtype,
+        "context_length": base.context_length,
+        "weight_bytes": base.weight_bytes,
+        "alive": alive,
+        **counters,
     }
 
 

@@ -14,10 +14,10 @@ from starlette.responses import Response
 
 from openmint.api.auth import App, Caller
 from openmint.api.bodies import read
-from openmint.catalog.records import Alias, Principal, Revision, Role
+from openmint.catalog.records import Alias, Evaluation, Principal, Revision, Role
 from openmint.errors import InvalidRequest, NotFound, UnsupportedFormat
 from openmint.service.adapters import parse_config
-from openmint.service.evaluations import EvaluationRequest
+from openmint.service.evaluations import EvaluationRequest, interval_95
 from openmint.service.gateway import Gateway
 from openmint.service.promotion import full_digest, parse_if_match
 from openmint.types import Tenant
@@ -104,7 +104,7 @@ async def get_revision(
     evaluations = gateway.catalog.evaluations(
         revision.tenant, policy=revision.policy_name, digest=revision.digest
     )
-    shown = [wire.encode_evaluation(evaluation) for evaluation in evaluations]
+    shown = [_evaluation(evaluation) for evaluation in evaluations]
     return {**wire.encode_revision(revision), "evaluations": shown}
 
 
@@ -279,7 +279,7 @@ async def start_evaluation(request: Request, caller: Caller, gateway: App) -> wi
     caller.require("train")
     body = await read(request, wire.StartEvaluation)
     asked = EvaluationRequest(body.model, body.task, body.n, body.seed, body.temperature)
-    return wire.encode_evaluation(await gateway.evaluations.start(caller.tenant, asked))
+    return _evaluation(await gateway.evaluations.start(caller.tenant, asked))
 
 
 @router.get("/evaluations")
@@ -302,7 +302,7 @@ async def list_evaluations(
         limit=limit,
         before_id=_number(cursor),
     )
-    shown = [wire.encode_evaluation(evaluation) for evaluation in found]
+    shown = [_evaluation(evaluation) for evaluation in found]
     return _page(shown, limit, "evaluation_id")
 
 
@@ -311,7 +311,7 @@ async def get_evaluation(evaluation_id: RowId, caller: Caller, gateway: App) -> 
     """An evaluation; with its progress while it runs."""
     caller.require(*READERS)
     record, progress = gateway.evaluations.get(caller.tenant, evaluation_id)
-    shown = wire.encode_evaluation(record)
+    shown = _evaluation(record)
     if progress:
         shown["progress"] = {"num_done": progress.num_done, "num_correct": progress.num_right}
     return shown
@@ -383,7 +383,9 @@ async def list_audit(
 async def stats(caller: Caller, gateway: App) -> wire.Json:
     """What each base's worker holds and has done, as of about a second ago."""
     caller.require(*READERS)
-    return {"bases": [wire.encode_worker(client) for client in gateway.workers.all()]}
+    return {
+        "bases": [wire.encode_worker(c.base, c.stats, alive=c.alive) for c in gateway.workers.all()]
+    }
 
 
 def _owned(caller: Principal, tenant: str) -> Tenant:
@@ -397,6 +399,10 @@ def _revision(
     gateway: Gateway, caller: Principal, tenant: str, name: str, reference: str
 ) -> Revision:
     return gateway.promotion.revision(_owned(caller, tenant), name, reference)
+
+
+def _evaluation(evaluation: Evaluation) -> wire.Json:
+    return wire.encode_evaluation(evaluation, interval_95(evaluation))
 
 
 def _page(items: list[wire.Json], limit: int, key: str) -> wire.Json:
