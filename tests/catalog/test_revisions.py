@@ -1,0 +1,115 @@
+from datetime import timedelta
+
+import pytest
+
+from openmint.catalog.catalog import Catalog
+from openmint.catalog.database import now
+from openmint.errors import Conflict, InvalidRequest, NotFound
+from openmint.types import Digest
+from tests.catalog.made import ANN, BASE, BOB, SESSION, Blob, add_run, base_named, blob, digest_of
+
+
+def test_revisions_are_numbered_and_know_their_parent(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    made = [catalog.add_run_revision(ANN, run_id, blob(i, i), ephemeral=False) for i in (1, 2, 3)]
+    assert [revision.number for revision in made] == [1, 2, 3]
+    assert made[2].parent_digest == made[1].digest
+    assert made[0].parent_digest is None
+    assert catalog.lineage(ANN, "math", made[2].digest) == made[::-1]
+    assert catalog.run(ANN, run_id).num_optim_steps == 3
+
+
+def test_the_same_bytes_are_the_same_revision(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    first = catalog.add_run_revision(ANN, run_id, blob(1), ephemeral=False)
+    assert catalog.add_run_revision(ANN, run_id, blob(1), ephemeral=True) == first
+
+
+def test_two_runs_add_to_one_policy(catalog: Catalog) -> None:
+    catalog.add_run_revision(ANN, add_run(catalog), blob(1), ephemeral=False)
+    second = catalog.add_run_revision(ANN, add_run(catalog, n=1), blob(2), ephemeral=False)
+    assert second.number == 2
+    assert second.parent_digest is None
+
+
+def test_a_named_save_keeps_an_ephemeral_revision(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    catalog.add_run_revision(ANN, run_id, blob(1), ephemeral=True)
+    assert catalog.revisions(ANN, "math") == []
+    assert len(catalog.revisions(ANN, "math", ephemeral=True)) == 1
+    catalog.add_checkpoint(ANN, run_id, "sampler_weights", "one", blob(1))
+    assert len(catalog.revisions(ANN, "math")) == 1
+    assert catalog.delete_ephemeral(ANN, SESSION) == []
+
+
+def test_a_sessions_ephemeral_revisions_are_collected(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    for i in (1, 2, 3):
+        catalog.add_run_revision(ANN, run_id, blob(i), ephemeral=True)
+    catalog.set_alias(ANN, "math", "kept", digest_of(2), actor="ann")
+    catalog.add_run_revision(ANN, add_run(catalog, session="other"), blob(9), ephemeral=True)
+    assert catalog.delete_ephemeral(BOB, SESSION) == []
+    assert set(catalog.delete_ephemeral(ANN, SESSION)) == {digest_of(1), digest_of(3)}
+    assert catalog.referenced_digests() == {digest_of(2), digest_of(9)}
+    assert not catalog.is_referenced(digest_of(1))
+    assert catalog.is_referenced(digest_of(2))
+
+
+def test_ephemeral_revisions_of_ended_sessions_are_collected(catalog: Catalog) -> None:
+    catalog.add_run_revision(ANN, add_run(catalog), blob(1), ephemeral=True)
+    assert catalog.delete_ephemeral_of_ended(now()) == []
+    catalog.finish_session(ANN, SESSION, reason="success")
+    assert catalog.delete_ephemeral_of_ended(now() - timedelta(hours=1)) == []
+    assert catalog.delete_ephemeral_of_ended(now()) == [digest_of(1)]
+
+
+def test_a_deleted_revision_is_gone_until_its_bytes_are_saved_again(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    catalog.add_run_revision(ANN, run_id, blob(1), ephemeral=False)
+    catalog.delete_revision(ANN, "math", digest_of(1), actor="ann")
+    with pytest.raises(NotFound, match="was deleted"):
+        catalog.revision(ANN, "math", digest_of(1))
+    assert catalog.revisions(ANN, "math") == []
+    assert len(catalog.revisions(ANN, "math", deleted=True)) == 1
+    again = catalog.add_run_revision(ANN, run_id, blob(1), ephemeral=False)
+    assert (again.number, again.deleted_at) == (1, None)
+    assert catalog.audit(ANN)[0].action == "revision.delete"
+
+
+def test_a_revision_that_an_alias_names_is_not_deleted(catalog: Catalog) -> None:
+    catalog.add_checkpoint(ANN, add_run(catalog), "sampler_weights", "one", blob(1))
+    with pytest.raises(Conflict, match="latest"):
+        catalog.delete_revision(ANN, "math", digest_of(1), actor="ann")
+
+
+def test_a_revision_is_found_by_the_start_of_its_digest(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    twins = [Digest("sha256:" + "a" * 20 + last * 44) for last in "0f"]
+    for digest in twins:
+        catalog.add_run_revision(ANN, run_id, Blob(digest), ephemeral=False)
+    assert catalog.revision(ANN, "math", twins[1][:28]).digest == twins[1]
+    with pytest.raises(InvalidRequest, match="more digits"):
+        catalog.revision(ANN, "math", twins[1][:19])
+    with pytest.raises(NotFound):
+        catalog.revision(ANN, "math", "sha256:" + "b" * 12)
+    with pytest.raises(NotFound):
+        catalog.revision(BOB, "math", twins[1])
+
+
+def test_revisions_are_listed_newest_first_in_pages(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    for i in range(4):
+        catalog.add_run_revision(ANN, run_id, blob(i), ephemeral=False)
+    page = catalog.revisions(ANN, "math", limit=3)
+    assert [revision.number for revision in page] == [4, 3, 2]
+    rest = catalog.revisions(ANN, "math", before=page[-1].number)
+    assert [revision.number for revision in rest] == [1]
+
+
+def test_an_import_makes_the_policy_and_becomes_its_latest(catalog: Catalog) -> None:
+    made = catalog.import_revision(ANN, "math", BASE, blob(1), actor="key")
+    assert (made.origin, made.run_id, made.number) == ("imported", None, 1)
+    assert catalog.resolve(ANN, "ann/math").revision == made
+    assert catalog.import_revision(ANN, "math", BASE, blob(1), actor="key") == made
+    with pytest.raises(InvalidRequest):
+        catalog.import_revision(ANN, "math", base_named("other"), blob(2), actor="key")
