@@ -100,11 +100,12 @@ def _attend_short(q_SHLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor) -> Tensor:
     num_kv_heads = k_SGLD.shape[1]
     shape = (num_seqs, num_kv_heads, num_heads // num_kv_heads, width)
     scores = q_SHLD.reshape(num_seqs, num_kv_heads, -1, head_dim) @ k_SGLD.transpose(2, 3)
-    later_LL = torch.ones(width, width, dtype=torch.bool, device=q_SHLD.device).triu(1)
+    later_LL: Tensor = torch.ones(width, width, dtype=torch.bool, device=q_SHLD.device).triu(1)
     scores = scores.view(*shape, width) * head_dim**-0.5
     probs = scores.masked_fill(later_LL, float("-inf")).softmax(-1, dtype=torch.float32)
     out = probs.to(v_SGLD.dtype).view(num_seqs, num_kv_heads, -1, width) @ v_SGLD
-    return out.view(num_seqs, num_heads, width, head_dim)
+    out_SHLD: Tensor = out.view(num_seqs, num_heads, width, head_dim)
+    return out_SHLD
 
 
 class KVCache:

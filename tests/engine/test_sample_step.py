@@ -171,7 +171,7 @@ def test_when_pages_run_out_a_sequence_is_recomputed_not_changed(tmp_path: Path)
 
 def test_a_sample_too_long_for_the_worker_is_refused_with_the_numbers(tmp_path: Path) -> None:
     bench = Workbench(random_model("llama", tmp_path / "base"), tmp_path / "store")
-    with pytest.raises(InvalidRequest, match="prompt of 200 and max_tokens 100 make 300 .* 256"):
+    with pytest.raises(InvalidRequest, match=r"prompt of 200 and max_tokens 100 make 300 .* 256"):
         bench.sample(prompt_of(200), max_tokens=100)
 
 

@@ -57,7 +57,7 @@ def test_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(InvalidRequest, match="GPT2LMHeadModel.*supported: LlamaForCausalLM"):
+    with pytest.raises(InvalidRequest, match=r"GPT2LMHeadModel.*supported: LlamaForCausalLM"):
         load_model("gpt2", tmp_path, Digest("sha256:0"), WorkerConfig())
 
 
