@@ -16,11 +16,10 @@ from openmint.cli.remote import (
     DEFAULT_URL,
     DataOption,
     KeyOption,
-    Remote,
     UrlOption,
     connect,
 )
-from openmint.errors import InvalidRequest, NotFound
+from openmint.errors import InvalidRequest
 
 policies = typer.Typer(help="Policies: what is trained and served.", no_args_is_help=True)
 revisions = typer.Typer(help="Revisions: immutable adapters of a policy.", no_args_is_help=True)
@@ -31,12 +30,12 @@ LimitOption = Annotated[int, typer.Option(help="At most this many.", min=1)]
 AliasOption = Annotated[str, typer.Option("--alias", help="Name to move.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 
-POLICY_COLUMNS = ("policy", "base", "created_at")
+POLICY_COLUMNS = ("policy", "base_name", "created_at")
 REVISION_COLUMNS = (
     "number", "digest", "num_optim_steps", "rank", "alpha", "size_bytes", "origin", "created_at",
 )  # fmt: skip
 POLL_SECONDS = 0.5
-ALIAS_COLUMNS = ("alias", "digest", "version", "updated_at")
+ALIAS_COLUMNS = ("name", "digest", "version", "updated_at")
 EVENT_COLUMNS = (
     "event_id", "action", "from_digest", "to_digest", "actor", "reason", "created_at",
 )  # fmt: skip
@@ -108,7 +107,7 @@ def show_revision(
 ) -> None:
     """One revision: digest, base, rank, parent, optimizer steps, evaluations."""
     with connect(url, key, data) as remote:
-        show(remote.get(revision_path(remote, revision)), as_json=as_json)
+        show(remote.get(revision_path(revision)), as_json=as_json)
 
 
 @aliases.command("ls")
@@ -230,34 +229,18 @@ def policy_path(policy: str) -> str:
     return f"/catalog/v1/policies/{address.tenant}/{address.policy}"
 
 
-def revision_path(remote: Remote, revision: str) -> str:
-    """The route of `tenant/policy[@alias|@digest]`; without either, of what is served by default.
-
-    Raises NotFound when the policy has no such alias.
-    """
+def revision_path(revision: str) -> str:
+    """The route of `tenant/policy[@alias|@digest]`; without either, of the served revision."""
     address = PolicyAddress.parse(revision)
-    policy = policy_path(f"{address.tenant}/{address.policy}")
-    digest = address.digest_prefix or _digest_of(remote, policy, address)
-    return f"{policy}/revisions/{digest}"
-
-
-def _digest_of(remote: Remote, policy: str, address: PolicyAddress) -> str:
-    named = {alias["alias"]: alias["digest"] for alias in remote.get(policy)["aliases"]}
-    wanted = [address.alias] if address.alias else ["prod", "latest"]
-    digest = next((named[alias] for alias in wanted if alias in named), None)
-    if digest is None:
-        known = ", ".join(sorted(named)) or "none"
-        raise NotFound(f"{address} names no revision; aliases of the policy: {known}")
-    return str(digest)
+    which = address.alias or address.digest_prefix or "default"
+    return f"{policy_path(f'{address.tenant}/{address.policy}')}/revisions/{which}"
 
 
 def _show_move(policy: str, moved: Any, *, as_json: bool) -> None:
     if as_json:
         show(moved, as_json=True)
     else:
-        console.print(
-            f"{policy}@{moved['alias']} is {moved['digest']} (version {moved['version']})"
-        )
+        console.print(f"{policy}@{moved['name']} is {moved['digest']} (version {moved['version']})")
 
 
 def _read_json(path: Path) -> Any:

@@ -78,7 +78,7 @@ def export_revision(
     with connect(url, key, data) as remote, progress(f"exporting {revision}"):
         files = download(remote, revision)
         if merged:
-            name = base or remote.get(revision_path(remote, revision))["base"]
+            name = base or remote.get(revision_path(revision))["base_name"]
             _write_merged(files, resolve_base(name, data), directory)
         else:
             _write_files(files, directory)
@@ -87,7 +87,7 @@ def export_revision(
 
 def download(remote: Remote, revision: str) -> dict[str, bytes]:
     """The files of the revision's PEFT folder."""
-    response = remote.client.get(f"{revision_path(remote, revision)}/peft")
+    response = remote.client.get(f"{revision_path(revision)}/peft")
     check(response)
     with tarfile.open(fileobj=io.BytesIO(response.content)) as archive:
         members = {name: archive.extractfile(name) for name in (CONFIG_FILE, WEIGHTS_FILE)}

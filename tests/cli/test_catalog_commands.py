@@ -79,7 +79,7 @@ def test_promote_and_rollback_move_the_alias_and_keep_its_history(
     assert [event["action"] for event in history] == ["rollback", "promote", "promote"]
     assert history[1]["reason"] == "better"
     aliases: Any = run_cli_json("aliases", "ls", POLICY, environ=env)
-    assert {"a": digests[0]}.items() <= {a["alias"]: a["digest"] for a in aliases}.items()
+    assert {"a": digests[0]}.items() <= {a["name"]: a["digest"] for a in aliases}.items()
 
 
 def test_chat_answers_once_and_streams_a_conversation(
