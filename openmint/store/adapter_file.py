@@ -35,8 +35,17 @@ PLAIN = {
     "layers_to_transform": None,
     "target_parameters": None,
     "trainable_token_indices": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
 }
 """PEFT settings that change what an adapter computes, with the only value that we compute."""
+
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""PEFT initialisations that change the base's own weights; alone, such an adapter means nothing."""
 
 TensorBytes = tuple[str, tuple[int, ...], bytes]
 """Safetensors dtype name, shape, raw little-endian bytes."""
@@ -89,11 +98,12 @@ def check_adapter(data: bytes, base: BaseInfo) -> AdapterHeader:
     """
     header = read_header(data)
     if header.metadata.get("format") != FORMAT:
-        raise InvalidRequest(f"not an adapter file: format {header.metadata.get('format')!r}")
+        raise InvalidRequest(f"not an adapter file: format {_show(header.metadata.get('format'))}")
     spec = _spec(header.metadata)
     if header.metadata.get("base") != base.digest:
         raise InvalidRequest(
-            f"the adapter belongs to base {header.metadata.get('base')}, this one is {base.digest}"
+            f"the adapter belongs to base {_show(header.metadata.get('base'))}, "
+            f"this one is {base.digest}"
         )
     if not 1 <= spec.rank <= base.max_rank:
         raise InvalidRequest(f"adapter rank {spec.rank} is outside 1..{base.max_rank}")
@@ -166,7 +176,7 @@ def _spec(metadata: Mapping[str, str]) -> LoraSpec:
     except (KeyError, ValueError):
         raise InvalidRequest("the adapter file's metadata lacks rank, alpha or targets") from None
     if unknown := set(groups) - {"attn", "mlp", "unembed"}:
-        raise InvalidRequest(f"unknown target groups {sorted(unknown)}")
+        raise InvalidRequest(f"unknown target groups {_show(sorted(unknown))}")
     if not 0.0 < alpha < 1e6:
         raise InvalidRequest(f"alpha {alpha} is outside 0..1e6")
     return _spec_of(rank, alpha, set(groups))
@@ -179,12 +189,14 @@ def _spec_of(rank: int, alpha: float, groups: set[str]) -> LoraSpec:
 def _peft_spec(config: Mapping[str, Any], header: Header) -> LoraSpec:
     """Rank and alpha as configured; target groups as the tensors themselves show."""
     odd = [
-        f"{key}={config[key]!r} (supported: {plain!r})"
+        f"{key}={_show(config[key])} (supported: {plain!r})"
         for key, plain in PLAIN.items()
         if config.get(key) not in (plain, None)
     ]
     if config.get("peft_type", "LORA") != "LORA":
-        odd.append(f"peft_type={config['peft_type']!r} (supported: 'LORA')")
+        odd.append(f"peft_type={_show(config['peft_type'])} (supported: 'LORA')")
+    if str(init := config.get("init_lora_weights")).lower().startswith(BASE_CHANGING_INITS):
+        odd.append(f"init_lora_weights={_show(init)} (it changes the base; convert it on saving)")
     _refuse(odd)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
@@ -230,6 +242,12 @@ def _not_finite(data: bytes, header: Header) -> list[str]:
         if bool(((bits & mask) == mask).any()):
             found.append(name)
     return found
+
+
+def _show(value: object) -> str:
+    """Foreign text as a message may hold it: short, and of characters that can be written."""
+    text = ascii(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _refuse(problems: list[str]) -> None:

@@ -32,15 +32,18 @@ class BlobStore:
         self._incoming.mkdir(parents=True, exist_ok=True)
 
     def put(self, data: bytes) -> Digest:
-        """The digest under which `data` is now durable. Safe to repeat.
+        """The digest under which `data` is now durable. Safe to repeat; heals damaged bytes.
 
-        Raises StoreFailed when the disk refuses; nothing is left behind then.
+        Raises StoreFailed when the disk refuses; no temporary file is left behind then.
         """
         digest = digest_of(data)
         path = self._path(digest)
         try:
-            if not path.exists():
+            if not path.is_file() or path.read_bytes() != data:
                 self._write(path, data)
+            # Also for bytes found in place: who wrote them may not have come this far yet.
+            for folder in (path.parent, path.parent.parent, self._blobs):
+                _fsync_folder(folder)
         except OSError as error:
             raise StoreFailed(f"could not write {len(data)} bytes to the store: {error}") from error
         return digest
@@ -90,10 +93,8 @@ class BlobStore:
                 os.fsync(file.fileno())
             Path(temporary).replace(path)
         except BaseException:
-            Path(temporary).unlink()
+            Path(temporary).unlink(missing_ok=True)
             raise
-        for folder in (path.parent, path.parent.parent, self._blobs):
-            _fsync_folder(folder)
 
 
 def _fsync_folder(folder: Path) -> None:

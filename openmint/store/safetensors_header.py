@@ -18,8 +18,13 @@ from openmint.errors import InvalidRequest, UnsupportedFormat
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_TENSORS = 50_000
+MAX_DIMENSIONS = 8
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,254}")
+ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+FOREIGN = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b")
+"""First bytes of zip archives, pickles and gzip. Some are sound header lengths too (0x0280 is 640),
+but then the rest of the length is zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +46,13 @@ class Header:
 def read_header(data: bytes) -> Header:
     """Metadata and tensor entries. Raises UnsupportedFormat for pickles and archives,
     InvalidRequest for anything else that is not a sound safetensors file of float tensors."""
-    if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b"):
-        raise UnsupportedFormat(
-            "these bytes are a pickle or an archive; only safetensors is read here. Save the "
-            "adapter with save_pretrained(..., safe_serialization=True)"
-        )
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER_BYTES or 8 + length > len(data):
+        if data.startswith(FOREIGN):
+            raise UnsupportedFormat(
+                "these bytes are a pickle or an archive; only safetensors is read here. Save the "
+                "adapter with save_pretrained(..., safe_serialization=True)"
+            )
         limit = MAX_HEADER_BYTES
         raise InvalidRequest(
             f"not safetensors: header of {length} bytes (limit {limit}) in {len(data)}"
@@ -72,13 +77,14 @@ def read_header(data: bytes) -> Header:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise InvalidRequest("safetensors header does not begin with a JSON object")
     try:
-        raw = json.loads(text, object_pairs_hook=_unique)
+        raw = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"safetensors header is not sound JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InvalidRequest("safetensors header is not a JSON object")
-    return raw
+    found: dict[str, Any] = raw
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,16 +97,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, value: Any, base: int) -> TensorEntry:
     if not NAME.fullmatch(name):
         raise InvalidRequest(f"safetensors tensor name {name[:60]!r} has characters we don't admit")
-    try:
-        dtype, shape = str(value["dtype"]), tuple(value["shape"])
-        start, stop = value["data_offsets"]
-        sound = all(type(x) is int and 0 <= x < 2**40 for x in (*shape, start, stop))
-    except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound or dtype not in ITEM_BYTES:
+    if not _is_sound(value):
         known = ", ".join(ITEM_BYTES)
         raise InvalidRequest(f"safetensors tensor {name!r} has an unsound entry; dtypes: {known}")
+    dtype, shape = value["dtype"], tuple(value["shape"])
+    start, stop = value["data_offsets"]
     size = math.prod(shape) * ITEM_BYTES[dtype]
     if not size or stop - start != size:
         raise InvalidRequest(f"safetensors tensor {name!r}: {stop - start} bytes for shape {shape}")
     return TensorEntry(dtype, shape, base + start, base + stop)
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether an entry has exactly the three keys, and values of the right types."""
+    if not isinstance(value, dict) or value.keys() != ENTRY_KEYS:
+        return False
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        return False
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        return False
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(x) is int and 0 <= x < 2**40 for x in (*shape, *offsets))
