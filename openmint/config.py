@@ -6,10 +6,11 @@ The string under each field is its help text and its line in docs/configuration.
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,14 @@ class WorkerConfig:
     """Most sequences that decode together."""
     micro_batch_tokens: int = 512
     """Tokens of one training micro-batch; a longer datum makes a micro-batch of its own."""
+
+    def __post_init__(self) -> None:
+        _at_least("worker.threads", self.threads, 0)
+        _at_least("worker.max_rank", self.max_rank, 1)
+        _at_least("worker.page_tokens", self.page_tokens, 1)
+        _at_least("worker.step_tokens", self.step_tokens, 1)
+        _at_least("worker.running_sequences", self.running_sequences, 1)
+        _at_least("worker.micro_batch_tokens", self.micro_batch_tokens, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,41 +103,78 @@ def load_settings(
     Raises InvalidRequest that names an unknown key or a value of the wrong type.
     """
     environ = os.environ if environ is None else environ
-    raw: dict[str, Any] = tomllib.loads(path.read_text()) if path else {}
-    worker = _section(WorkerConfig(), raw.pop("worker", {}), environ, "WORKER")
-    service = _section(ServiceConfig(), raw.pop("service", {}), environ, "SERVICE")
+    raw = _read_toml(path) if path else {}
+    worker = _section(WorkerConfig(), raw.pop("worker", {}), environ, "worker.")
+    service = _section(ServiceConfig(), raw.pop("service", {}), environ, "service.")
     settings = _section(Settings(worker=worker, service=service), raw, environ, "")
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     return _section(settings, given, {}, "")
 
 
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InvalidRequest(f"could not read the settings file: {error}") from None
+    except ValueError as error:
+        raise InvalidRequest(f"{path} is not valid TOML: {error}") from None
+
+
 Section = TypeVar("Section", WorkerConfig, ServiceConfig, Settings)
 
 
-def _section(
-    section: Section, raw: Mapping[str, Any], environ: Mapping[str, str], prefix: str
-) -> Section:
+def _section(section: Section, raw: Any, environ: Mapping[str, str], prefix: str) -> Section:
     """The section with what the environment says, else what `raw` says."""
-    known = {f.name: getattr(section, f.name) for f in fields(section)}
+    if not isinstance(raw, Mapping):
+        raise InvalidRequest(f"setting {prefix.rstrip('.')} must be a section, got {raw!r}")
+    values = {f.name: getattr(section, f.name) for f in fields(section)}
+    # A section inside this one was read before.
+    known = {name: value for name, value in values.items() if not is_dataclass(value)}
     if unknown := sorted(set(raw) - set(known)):
-        raise InvalidRequest(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        listed = ", ".join(sorted(known))
+        raise InvalidRequest(f"unknown setting {prefix + unknown[0]!r}; known: {listed}")
     changes: dict[str, Any] = {}
     for name, default in known.items():
-        variable = "_".join(filter(None, ("OPENMINT", prefix, name.upper())))
+        variable = f"OPENMINT_{prefix}{name}".replace(".", "_").upper()
         if variable in environ:
-            changes[name] = _convert(variable, environ[variable], default)
+            changes[name] = _from_text(variable, environ[variable], default)
         elif name in raw:
-            changes[name] = _convert(name, raw[name], default)
+            changes[name] = _checked(prefix + name, raw[name], default)
     return replace(section, **changes)
 
 
-def _convert(name: str, value: Any, default: Any) -> Any:
+def _from_text(name: str, text: str, default: Any) -> Any:
+    """A value of the default's type, from an environment variable."""
+    if isinstance(default, tuple):
+        return tuple(text.split(","))
     try:
-        if isinstance(default, Path):
+        value = type(default)(text)
+    except ValueError:
+        raise _wrong_type(name, text, default) from None
+    return _checked(name, value, default)
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """The value as the default's type, where it is one already or loses nothing by becoming it."""
+    match default:
+        case tuple() if isinstance(value, str):
+            return (value,)
+        case tuple() if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        case Path() if isinstance(value, str | Path):
             return Path(value)
-        if isinstance(default, tuple):
-            return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-        return type(default)(value)
-    except (TypeError, ValueError):
-        kind = type(default).__name__
-        raise InvalidRequest(f"setting {name} must be a {kind}, got {value!r}") from None
+        case float() if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        case int() | str() if type(value) is type(default):
+            return value
+    raise _wrong_type(name, value, default)
+
+
+def _wrong_type(name: str, value: Any, default: Any) -> InvalidRequest:
+    kind = "Path" if isinstance(default, Path) else type(default).__name__
+    return InvalidRequest(f"setting {name} must be a {kind}, got {value!r}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InvalidRequest(f"setting {name} must be at least {least}, got {value}")
