@@ -121,7 +121,9 @@ class Batcher:
             return False
         sequence.pages = cached + [self.pool.take() for _ in range(total - len(cached))]
         sequence.num_computed = len(cached) * self.page_tokens
-        sequence.num_cached = max(sequence.num_cached, sequence.num_computed)
+        if not sequence.was_admitted:
+            # Once preempted it finds its own pages again, which spared nobody any work.
+            sequence.num_cached, sequence.was_admitted = sequence.num_computed, True
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True

@@ -29,9 +29,10 @@ class TenantClock:
     def arrive(self, tenant: Tenant, busy: Iterable[Tenant]) -> None:
         """A tenant has new work; `busy` are those with work already, itself perhaps included."""
         others = [self._used.get(other, 0.0) for other in busy]
-        if others:
-            self._used[tenant] = max(self._used.get(tenant, 0.0), min(others))
-        self._used.setdefault(tenant, 0.0)
+        if not others:
+            # Nobody competes: who used an idle engine owes nothing to those who come later.
+            self._used.clear()
+        self._used[tenant] = max(self._used.get(tenant, 0.0), min(others, default=0.0))
 
     def charge(self, tenant: Tenant, num_tokens: int) -> None:
         self._used[tenant] = self._used.get(tenant, 0.0) + num_tokens

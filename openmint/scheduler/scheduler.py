@@ -16,7 +16,7 @@ import structlog
 
 from openmint.config import WorkerConfig
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
-from openmint.errors import EngineFailed, InvalidRequest, NonFinite, OpenMintError
+from openmint.errors import EngineFailed, InvalidRequest, NonFinite, OpenMintError, Overloaded
 from openmint.residency.table import SlotTable
 from openmint.scheduler.batcher import Batcher
 from openmint.scheduler.fairness import PhaseClock, TenantClock
@@ -244,35 +244,47 @@ class Scheduler:
     def _train(self) -> None:
         started = time.monotonic()
         plan, entries = self._lanes.plan(self._micro_batch_tokens, self._tenants)
+        entries = [entry for entry in entries if self._open(entry)]
+        by_id = {entry.work_id: entry for entry in entries}
+        items = tuple(item for item in plan.items if item.work_id in by_id)
+        if not items:
+            return
         try:
-            for entry in entries:
-                self._open(entry)
-            self._engine.train(plan)
+            self._engine.train(MicroBatch(items, plan.num_tokens))
         except Exception as error:  # a step's edge: everyone in it must hear
             for entry in entries:
                 self._engine.abandon_train(entry.work_id)
-                self._finish_entry(entry, _as_known(error))
+                if len(entries) > 1:
+                    entry.start_over_alone()  # a neighbour may be the cause
+                else:
+                    self._finish_entry(entry, _as_known(error))
             return
         finally:
             seconds = time.monotonic() - started
             self._phases.charge_training(seconds, bool(self._sampling))
-        by_id = {entry.work_id: entry for entry in entries}
-        for item in plan.items:
+        for item in items:
             entry = by_id[item.work_id]
+            num_tokens = entry.tokens_of(item.datum_index)
             entry.num_unfinished -= 1
-            self._tenants.charge(entry.tenant, entry.tokens_of(item.datum_index))
-        self._counters["trained"] += plan.num_tokens
+            self._tenants.charge(entry.tenant, num_tokens)
+            self._counters["trained"] += num_tokens
         for entry in entries:
             if not entry.num_unfinished:
                 self._close(entry)
 
-    def _open(self, entry: Entry) -> None:
+    def _open(self, entry: Entry) -> bool:
+        """Begin a train work. False when it was refused, which its own client alone hears."""
         command = entry.command
         if entry.is_open or not isinstance(command, TrainWork):
-            return
+            return True
         run = (command.run_id, command.data, command.loss, command.forward_only)
-        self._engine.open_train(entry.work_id, *run)
+        try:
+            self._engine.open_train(entry.work_id, *run)
+        except Exception as error:  # a task's edge
+            self._finish_entry(entry, _as_known(error))
+            return False
         entry.is_open = True
+        return True
 
     def _close(self, entry: Entry) -> None:
         try:
@@ -290,13 +302,18 @@ class Scheduler:
         try:
             outcomes = self._engine.sample(plan)
         except Exception as error:  # a step's edge: everyone in it must hear
-            for work_id in {s.work_id for s in self._batcher.running}:
+            ran = {chunk.sequence_id for chunk in plan.chunks}
+            failed = {s.work_id for s in self._batcher.running if s.sequence_id in ran}
+            for work_id in failed:
                 self._fail_sampling(self._sampling[work_id], _as_known(error))
             return
-        self._phases.charge_serving(time.monotonic() - started, training_waits)
+        finally:
+            self._phases.charge_serving(time.monotonic() - started, training_waits)
         for chunk in plan.chunks:
             self._slots_used(chunk.revision)
-        for sequence, outcome in self._batcher.finish(outcomes):
+        results = self._batcher.finish(outcomes)
+        for chunk, (sequence, outcome) in zip(plan.chunks, results, strict=True):
+            self._tenants.charge(sequence.tenant, len(chunk.tokens_N))
             self._advance(sequence, outcome)
 
     def _slots_used(self, revision: Digest | None) -> None:
@@ -314,7 +331,6 @@ class Scheduler:
             return
         if outcome.token is None:
             return
-        self._tenants.charge(sampling.work.tenant, 1)
         self._counters["generated"] += 1
         if sampling.work.stream:
             index, token = sequence.sample_index, (outcome.token,)
@@ -322,8 +338,8 @@ class Scheduler:
             self._send(Delta(sampling.work_id, delta))
         if sequence.stop_reason is not None:
             sampling.unfinished.remove(sequence)
-            self._counters["cached"] += sequence.num_cached
             if not sampling.unfinished:
+                self._counters["cached"] += sampling.sequences[0].num_cached
                 self._send(Done(sampling.work_id, self._sample_result(sampling)))
                 self._end_sampling(sampling)
 
@@ -362,8 +378,8 @@ class Scheduler:
     def _control(self, entry: Entry) -> None:
         try:
             self._run_control(entry)
-        except OpenMintError as error:
-            self._finish_entry(entry, error)
+        except Exception as error:  # a task's edge: the lane and its worker go on
+            self._finish_entry(entry, _as_known(error))
 
     def _run_control(self, entry: Entry) -> None:
         engine, archive = self._engine, self._archive
@@ -405,7 +421,7 @@ class Scheduler:
                 self._answer(entry.work_id, _as_known(error))
                 return
             digest, size_bytes = value
-            if keep is not None and digest not in self._slots:
+            if keep is not None and digest not in self._slots and self._fits(keep):
                 self._landed[digest] = keep
                 self._land()
             self._answer(entry.work_id, SavedBlob(digest, size_bytes, spec, num_optim_steps))
@@ -451,6 +467,12 @@ class Scheduler:
 
         def loaded(weights: Any, error: Exception | None) -> None:
             self._loading.discard(revision)
+            if error is None and not self._fits(weights):
+                size, budget = weights.num_bytes, self._slots.budget_bytes
+                error = Overloaded(
+                    f"revision {revision} needs {size} bytes of serving memory, the worker has "
+                    f"{budget}; raise worker.serving_bytes"
+                )
             if error is None:
                 self._counters["loads"] += 1
                 self._landed[revision] = weights
@@ -460,6 +482,10 @@ class Scheduler:
                 self._fail_sampling(sampling, _as_known(error))
 
         self._in_background(lambda: self._archive.load_revision(revision), loaded)
+
+    def _fits(self, weights: Weights) -> bool:
+        """Whether the weights could be resident at all."""
+        return weights.num_bytes <= self._slots.budget_bytes
 
     def _land(self) -> None:
         """Give slots to loaded revisions, as far as pinned ones leave room."""

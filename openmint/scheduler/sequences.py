@@ -33,6 +33,8 @@ class Sequence:
     num_computed: int = 0
     """Tokens whose keys and values are in `pages`."""
     num_cached: int = 0
+    """Prompt tokens that were in the prefix cache when it was first admitted."""
+    was_admitted: bool = False
     num_scored: int = 0
     """Prompt rows already scored, so that a preempted prompt isn't scored twice."""
     logprobs: list[float] = field(default_factory=list)
