@@ -12,7 +12,7 @@ from openmint.cluster.worker_client import WorkerClient
 from openmint.cluster.worker_setup import WorkerSetup
 from openmint.config import Settings
 from openmint.errors import EngineFailed
-from openmint.scheduler.work import Ready
+from openmint.scheduler.work import Failed, Ready
 from openmint.types import BaseInfo
 
 STOP_SECONDS = 30.0
@@ -41,7 +41,7 @@ class WorkerProcess:
 
 
 async def start_worker(base: str, settings: Settings) -> WorkerProcess:
-    """A worker whose base is resident. Raises EngineFailed when it ends before that."""
+    """A worker whose base is resident. Raises EngineFailed that says why when it can't be."""
     ours, theirs = socket.socketpair()
     num_workers = max(1, len(settings.bases))
     threads = settings.worker.threads or max(1, (os.cpu_count() or 1) // num_workers)
@@ -60,12 +60,21 @@ async def start_worker(base: str, settings: Settings) -> WorkerProcess:
     setup = WorkerSetup(base, settings.data, settings.worker, threads)
     writer.write(frame(setup))
     try:
-        ready = await read_frame(reader)
+        answer = await read_frame(reader)
     except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
         code = await process.wait()
         raise EngineFailed(
             f"the worker of base {base!r} ended with code {code} before the base was resident; "
             "its log says why"
         ) from None
-    assert isinstance(ready, Ready)
-    return WorkerProcess(process, WorkerClient(reader, writer, ready.base))
+    except asyncio.CancelledError:
+        writer.close()
+        process.kill()
+        raise
+    if isinstance(answer, Failed):
+        writer.close()
+        await process.wait()
+        raise EngineFailed(f"base {base!r} could not be loaded: {answer.error}")
+    assert isinstance(answer, Ready)
+    return WorkerProcess(process, WorkerClient(reader, writer, answer.base))

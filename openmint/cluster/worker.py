@@ -25,12 +25,14 @@ from openmint.cluster.link import HEADER, frame
 from openmint.cluster.worker_setup import WorkerSetup
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
+from openmint.errors import EngineFailed, OpenMintError
 from openmint.models.embedded import EMBEDDED_BASE, base_digest, resolve_base
 from openmint.models.loader import load_model
 from openmint.observe.logs import configure_logs
 from openmint.scheduler.scheduler import Scheduler
-from openmint.scheduler.work import Cancel, Drain, Ready, Submit, ToGateway, ToWorker
+from openmint.scheduler.work import Cancel, Drain, Failed, Ready, Submit, ToGateway, ToWorker
 from openmint.store.blobs import BlobStore
+from openmint.types import BaseInfo
 
 STATS_SECONDS = 1.0
 STORE_THREADS = 2
@@ -106,13 +108,28 @@ def main(connection: socket.socket) -> None:
     setup: WorkerSetup = link.receive()
     configure_logs()
     torch.set_num_threads(setup.threads)
+    inbox = Inbox()
+    try:
+        scheduler, base = load(setup, link, inbox)
+    except OpenMintError as error:
+        link.send(Failed(0, error))
+        return
+    except Exception as error:  # the process's edge: the gateway must hear why
+        link.send(Failed(0, EngineFailed(f"{type(error).__name__}: {error}")))
+        raise
+    inbox.read_from(link)
+    link.send(Ready(base))
+    serve(scheduler, inbox, link)
+
+
+def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, BaseInfo]:
+    """A scheduler over the resident base. Raises InvalidRequest for a folder that isn't one."""
     directory = resolve_base(setup.base, setup.data)
     digest = base_digest(directory, setup.data)
     name = setup.base if setup.base == EMBEDDED_BASE else directory.name
     model, base = load_model(name, directory, digest, setup.config)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     engine = Engine(model, base, setup.config)
-    inbox = Inbox()
     archive = AdapterArchive(BlobStore(setup.data), base, engine.dtype)
     scheduler = Scheduler(
         engine,
@@ -122,9 +139,7 @@ def main(connection: socket.socket) -> None:
         link.send,
         inbox.background,
     )
-    inbox.read_from(link)
-    link.send(Ready(base))
-    serve(scheduler, inbox, link)
+    return scheduler, base
 
 
 def serve(scheduler: Scheduler, inbox: Inbox, link: Link) -> None:
