@@ -20,6 +20,7 @@ from openmint.errors import InvalidRequest
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.store.adapter_file import check_adapter, encode_adapter
 from openmint.store.blobs import BlobStore
+from openmint.store.safetensors_header import read_header
 from openmint.types import BaseInfo, Digest, LoraSpec
 
 PREFIX = "base_model.model."
@@ -76,7 +77,7 @@ def encode_training(snapshot: RunSnapshot, base: BaseInfo) -> bytes:
 def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
     """The inverse of `encode_training`. Raises InvalidRequest when it isn't such a file or its base
     is another."""
-    metadata = _metadata(data)
+    metadata = read_header(data).metadata
     if metadata.get("format") != TRAINING_FORMAT:
         raise InvalidRequest(f"not a training state: format {metadata.get('format')!r}")
     if metadata["base"] != base.digest:
@@ -94,13 +95,6 @@ def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
 
 def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """A safetensors file's own metadata. The bytes are ours: their digest was verified."""
-    length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return metadata
 
 
 class AdapterArchive:

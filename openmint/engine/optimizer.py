@@ -10,7 +10,6 @@ from torch import Tensor
 from openmint.errors import InvalidRequest
 from openmint.types import AdamParams
 
-
 LARGEST_STEP = 1e30
 """Beyond it an update can only overflow fp32."""
 

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from openmint.engine.plan import Chunk, ChunkOutcome, PromptScored, SampleBatch
 from openmint.layers.adapters import AdapterBatch, AdapterStack, AdapterWeights
-from openmint.layers.attention import KVCache, PagedAttention, PagedGroup, length_buckets
+from openmint.layers.attention import (
+    KVCache,
+    PagedAttention,
+    PagedGroup,
+    length_buckets,
+    score_mask,
+)
 from openmint.models.model import Batch, Model
 from openmint.types import AnyArray, Digest, IntArray, TopLogprobs
 
@@ -108,7 +114,8 @@ class Sampler:
             sees_SLK &= keys_K > at_SL[:, :, None] - self._model.window
         query, real, pages, sees = map(self._to, (query_SL, real_SL, pages_SP, sees_SLK))
         shared = self._model.num_heads // self._model.cache_shape.num_kv_heads
-        return PagedGroup.of(query, real, pages, sees, shared, self._cache.keys.dtype)
+        mask_S1QK = score_mask(sees, shared, self._cache.keys.dtype)
+        return PagedGroup(query, real, pages, mask_S1QK)
 
     def _draw(
         self, chunks: Sequence[Chunk], hidden_TD: Tensor, last_S: IntArray, slot_S: IntArray

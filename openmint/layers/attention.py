@@ -16,9 +16,9 @@ from torch import Tensor
 
 MAX_PADDING = 1.25
 """A bucket's padded size may exceed its tokens by this factor."""
-SHORT = 128
-"""Up to this length, on CPUs, two plain GEMMs beat the flash kernel: 16 sequences of 32 tokens
-forward and backward took 1.7 ms against 10.2 ms (bf16, 9 heads of 64, 2 cores)."""
+PLAIN_TOKENS = 1024
+"""Up to so many keys, CPUs attend by plain GEMMs: 6x faster than the flash kernel at 32 tokens,
+even at 256, and prefill, decode and training round alike (docs/numerics.md)."""
 
 
 class Attention(Protocol):
@@ -78,34 +78,44 @@ class PackedAttention:
         return out_THD.flatten(1)
 
     def _attend_bucket(self, index_SL: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_SHLD, k_SGLD, v_SGLD = (x[index_SL].transpose(1, 2) for x in (q, k, v))
+        q_SLHD, k_SGLD, v_SGLD = (
+            q[index_SL],
+            k[index_SL].transpose(1, 2),
+            v[index_SL].transpose(1, 2),
+        )
         width = index_SL.shape[1]
-        mask_LL = None
-        if self._window is not None and width > self._window:
-            steps_L = torch.arange(width, device=q.device)
-            distance_LL = steps_L[:, None] - steps_L[None, :]
-            mask_LL = (distance_LL >= 0) & (distance_LL < self._window)
-        if mask_LL is None and width <= SHORT and q.device.type == "cpu":
-            out_SHLD = _attend_short(q_SHLD, k_SGLD, v_SGLD)
-        else:
-            out_SHLD = F.scaled_dot_product_attention(
-                q_SHLD, k_SGLD, v_SGLD, mask_LL, is_causal=mask_LL is None, enable_gqa=True
-            )
-        return out_SHLD.transpose(1, 2).flatten(0, 1)
+        steps_L = torch.arange(width, device=q.device)
+        distance_LL = steps_L[:, None] - steps_L[None, :]
+        sees_LL = distance_LL >= 0
+        if self._window is not None:
+            sees_LL &= distance_LL < self._window
+        mask_S1QK = score_mask(sees_LL[None], q.shape[1] // k.shape[1], q.dtype)
+        return _attend(q_SLHD, k_SGLD, v_SGLD, mask_S1QK).flatten(0, 1)
 
 
-def _attend_short(q_SHLD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor) -> Tensor:
-    """Causal attention by two batched GEMMs; query heads that share a key head are extra queries."""
-    num_seqs, num_heads, width, head_dim = q_SHLD.shape
-    num_kv_heads = k_SGLD.shape[1]
-    shape = (num_seqs, num_kv_heads, num_heads // num_kv_heads, width)
-    scores = q_SHLD.reshape(num_seqs, num_kv_heads, -1, head_dim) @ k_SGLD.transpose(2, 3)
-    later_LL: Tensor = torch.ones(width, width, dtype=torch.bool, device=q_SHLD.device).triu(1)
-    scores = scores.view(*shape, width) * head_dim**-0.5
-    probs = scores.masked_fill(later_LL, float("-inf")).softmax(-1, dtype=torch.float32)
-    out = probs.to(v_SGLD.dtype).view(num_seqs, num_kv_heads, -1, width) @ v_SGLD
-    out_SHLD: Tensor = out.view(num_seqs, num_heads, width, head_dim)
-    return out_SHLD
+def score_mask(sees_SLK: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, 0 or -inf, `[S, 1, shared * L, K]`: see `_attend` for the rows."""
+    mask_SLK = torch.zeros(sees_SLK.shape, dtype=dtype, device=sees_SLK.device)
+    mask_SLK.masked_fill_(~sees_SLK, float("-inf"))
+    return mask_SLK[:, None].repeat(1, 1, shared, 1)
+
+
+def _attend(q_SLHD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask_S1QK: Tensor) -> Tensor:
+    """Attention output `[S, L, H, D]`. Training and sampling share every line of it.
+
+    Query heads that share a key head become extra queries (head-major), so keys are never repeated.
+    """
+    num_seqs, width, num_heads, head_dim = q_SLHD.shape
+    num_kv_heads = k_SGKD.shape[1]
+    split = (num_seqs, width, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    q_SGQD = q_SLHD.view(split).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if q_SLHD.device.type == "cpu" and k_SGKD.shape[2] <= PLAIN_TOKENS:
+        scores = (q_SGQD @ k_SGKD.transpose(2, 3)) * head_dim**-0.5 + mask_S1QK
+        out = scores.softmax(-1, dtype=torch.float32).to(v_SGKD.dtype) @ v_SGKD
+    else:
+        out = F.scaled_dot_product_attention(q_SGQD, k_SGKD, v_SGKD, mask_S1QK)
+    out = out.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, width, head_dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(num_seqs, width, num_heads, head_dim)
 
 
 class KVCache:
@@ -135,21 +145,7 @@ class PagedGroup:
     real_SL: Tensor
     pages_SP: Tensor
     mask_S1QK: Tensor
-    """Added to scores, 0 or -inf; Q runs over the query heads that share a key head, then L."""
-
-    @staticmethod
-    def of(
-        query_SL: Tensor,
-        real_SL: Tensor,
-        pages_SP: Tensor,
-        sees_SLK: Tensor,
-        shared: int,
-        dtype: torch.dtype,
-    ) -> PagedGroup:
-        blocked = torch.zeros(sees_SLK.shape, dtype=dtype, device=sees_SLK.device)
-        blocked.masked_fill_(~sees_SLK, float("-inf"))
-        mask_S1QK = blocked[:, None].repeat(1, 1, shared, 1)
-        return PagedGroup(query_SL, real_SL, pages_SP, mask_S1QK)
+    """As `score_mask` makes it."""
 
 
 class PagedAttention:
@@ -167,19 +163,9 @@ class PagedAttention:
         values.flatten(0, 1)[self._slot_T] = v_TGD
         out_THD = torch.empty_like(q_THD)
         for group in self._groups:
-            out_SLHD = _attend_pages(group, q_THD[group.query_SL], keys, values)
+            k_SGKD, v_SGKD = (
+                cached[group.pages_SP].flatten(1, 2).transpose(1, 2) for cached in (keys, values)
+            )
+            out_SLHD = _attend(q_THD[group.query_SL], k_SGKD, v_SGKD, group.mask_S1QK)
             out_THD[group.query_SL[group.real_SL]] = out_SLHD[group.real_SL]
         return out_THD.flatten(1)
-
-
-def _attend_pages(group: PagedGroup, q_SLHD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    num_seqs, width, num_heads, head_dim = q_SLHD.shape
-    num_kv_heads = keys.shape[2]
-    shared = num_heads // num_kv_heads
-    k_SGKD = keys[group.pages_SP].flatten(1, 2).transpose(1, 2)
-    v_SGKD = values[group.pages_SP].flatten(1, 2).transpose(1, 2)
-    # The query heads that share a key head become extra queries, so keys are never repeated.
-    q_SGQD = q_SLHD.view(num_seqs, width, num_kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q_SGQD.flatten(2, 3), k_SGKD, v_SGKD, group.mask_S1QK)
-    out = out.view(num_seqs, num_kv_heads, shared, width, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(num_seqs, width, num_heads, head_dim)
