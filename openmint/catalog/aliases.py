@@ -23,7 +23,12 @@ from openmint.catalog.records import (
     Resolved,
     Revision,
 )
-from openmint.catalog.revisions import find_by_prefix, find_live_revision, put_revision
+from openmint.catalog.revisions import (
+    find_by_prefix,
+    find_live_revision,
+    keep_revision,
+    put_revision,
+)
 from openmint.catalog.rows import (
     ALIAS_EVENTS,
     ALIASES,
@@ -61,7 +66,7 @@ def move_alias(
     `expected_version` 0 means that the alias must be new. Raises NotFound for a revision that is
     not the policy's or was deleted, Conflict when the version is another one.
     """
-    find_live_revision(connection, policy, digest)
+    target = find_live_revision(connection, policy, digest)
     before = find_alias(connection, policy.policy_id, name)
     version = before.version if before else 0
     if expected_version is not None and expected_version != version:
@@ -71,6 +76,8 @@ def move_alias(
         )
     if before and before.digest == digest:
         return before
+    if target.ephemeral:
+        keep_revision(connection, policy, digest)  # a later rollback may want it
     moved = {"digest": digest, "version": version + 1, "updated_at": now()}
     if before is None:
         row = {"policy_id": policy.policy_id, "name": name, **moved}

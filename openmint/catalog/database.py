@@ -6,6 +6,7 @@ to write. Every method of the catalogue is one transaction on one of the two. Th
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,10 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError
 from sqlalchemy.pool import QueuePool
 
-from openmint.errors import InvalidRequest
+from openmint.errors import InvalidRequest, Overloaded, StoreFailed
 
 WRITES_PER_WAL_CHECKPOINT = 256
 PRAGMAS = (
@@ -69,13 +70,13 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent view; sees every write that returned before."""
-        with _sqlite_limits(), self._readers.connect() as connection:
+        with _own_errors(), self._readers.connect() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction, durable when the block ends, undone when it raises."""
-        with self._write_lock, _sqlite_limits(), self._writer.connect() as connection:
+        with self._write_lock, _own_errors(), self._writer.connect() as connection:
             with connection.begin():
                 yield connection
             self._maintain(connection)
@@ -90,14 +91,22 @@ class Database:
 
 
 @contextmanager
-def _sqlite_limits() -> Iterator[None]:
-    """Raises InvalidRequest for text that is not Unicode and for integers above 64 bits."""
+def _own_errors() -> Iterator[None]:
+    """Raises InvalidRequest for text that is not Unicode and for integers above 64 bits, Overloaded
+    when another process holds the write lock, StoreFailed when the disk or the file fails."""
     try:
         yield
     except UnicodeEncodeError:
         raise InvalidRequest("a text holds half a surrogate pair; send valid Unicode") from None
     except OverflowError:
         raise InvalidRequest("a number does not fit 64 bits; send a smaller one") from None
+    except IntegrityError:
+        raise
+    except DatabaseError as error:
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the rest tells variants apart
+        if code == sqlite3.SQLITE_BUSY:
+            raise Overloaded("another process is writing to the catalogue; retry") from error
+        raise StoreFailed(f"the catalogue's database failed: {error.orig}") from error
 
 
 def _engine(url: str, *, readonly: bool) -> Engine:

@@ -129,6 +129,12 @@ def delete_revision_row(connection: Connection, policy_id: int, digest: str) -> 
     connection.execute(update(t.revision).where(this).values(deleted_at=now()))
 
 
+def keep_revision(connection: Connection, policy: Policy, digest: str) -> None:
+    """Let the revision outlive the session that made it."""
+    this = (t.revision.c.policy_id == policy.policy_id) & (t.revision.c.digest == digest)
+    connection.execute(update(t.revision).where(this).values(ephemeral=False))
+
+
 class RevisionRecords:
     """The revisions of every tenant."""
 

@@ -1,3 +1,5 @@
+import sqlite3
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 
@@ -5,13 +7,13 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError
 
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.database import WRITES_PER_WAL_CHECKPOINT, Database
 from openmint.catalog.rows import SHAPES, SPEC_FIELDS
 from openmint.catalog.tables import METADATA
-from openmint.errors import InvalidRequest, NotFound
+from openmint.errors import InvalidRequest, NotFound, Overloaded, StoreFailed
 from tests.catalog.made import ANN, RUN, SESSION, add_run, blob
 
 
@@ -61,7 +63,7 @@ def test_a_failed_write_leaves_nothing(catalog: Catalog) -> None:
 
 
 def test_readers_cannot_write(catalog: Catalog) -> None:
-    with pytest.raises(OperationalError), catalog._database.read() as connection:
+    with pytest.raises(StoreFailed, match="readonly"), catalog._database.read() as connection:
         connection.execute(text("DELETE FROM setting"))
 
 
@@ -106,3 +108,22 @@ def test_text_and_numbers_that_sqlite_cannot_hold_are_the_callers_fault(catalog:
         catalog.sessions(ANN, offset=1 << 63)
     with pytest.raises(NotFound):
         catalog.policy(ANN, "\0")
+
+
+def test_a_write_that_waits_too_long_for_another_process_may_be_retried(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "catalog.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Overloaded, match="retry"):
+            catalog.add_session(ANN, SESSION)
+        other.execute("ROLLBACK")
+    assert catalog.add_session(ANN, SESSION).status == "open"
+
+
+def test_a_file_that_is_no_database_is_a_store_failure(tmp_path: Path) -> None:
+    (tmp_path / "catalog.db").write_bytes(b"something else" * 500)
+    with pytest.raises(StoreFailed, match="not a database"):
+        Catalog.open(f"sqlite:///{tmp_path}/catalog.db")
+    with pytest.raises(StoreFailed, match="unable to open"):
+        Catalog.open(f"sqlite:///{tmp_path}/missing/catalog.db")

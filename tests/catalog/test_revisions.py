@@ -113,3 +113,13 @@ def test_an_import_makes_the_policy_and_becomes_its_latest(catalog: Catalog) -> 
     assert catalog.import_revision(ANN, "math", BASE, blob(1), actor="key") == made
     with pytest.raises(InvalidRequest):
         catalog.import_revision(ANN, "math", base_named("other"), blob(2), actor="key")
+
+
+def test_an_ephemeral_revision_that_was_promoted_can_be_rolled_back_to(catalog: Catalog) -> None:
+    run = add_run(catalog)
+    first = catalog.add_run_revision(ANN, run, blob("a"), ephemeral=True)
+    second = catalog.add_run_revision(ANN, run, blob("b"), ephemeral=False)
+    for revision in (first, second):
+        catalog.promote(ANN, "math", "prod", revision.digest, actor="ann")
+    assert catalog.delete_ephemeral(ANN, SESSION) == []
+    assert catalog.rollback(ANN, "math", "prod", actor="ann").digest == first.digest
