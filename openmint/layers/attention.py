@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,9 @@ MAX_PADDING = 1.25
 PLAIN_TOKENS = 1024
 """Up to so many keys, CPUs attend by plain GEMMs: 6x faster than the flash kernel at 32 tokens,
 even at 256, and prefill, decode and training round alike (docs/numerics.md)."""
+
+LARGEST_KEY = 1e9
+"""Cached keys stay within it, so that no score of another sequence's page is ever infinite."""
 
 
 class Attention(Protocol):
@@ -133,8 +137,16 @@ class KVCache:
     ) -> None:
         shape = (num_layers, num_pages, page_tokens, num_kv_heads, head_dim)
         self.page_tokens = page_tokens
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on CPUs pages of memory that are taken only when first written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +171,11 @@ class PagedAttention:
 
     def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        # Pages are shared, padded and handed on, and a masked NaN is still a NaN (0 x NaN): what an
+        # adapter that overflows leaves there must not reach its neighbours.
+        k_TGD = k_TGD.nan_to_num(0.0).clamp(-LARGEST_KEY, LARGEST_KEY)
         keys.flatten(0, 1)[self._slot_T] = k_TGD
-        values.flatten(0, 1)[self._slot_T] = v_TGD
+        values.flatten(0, 1)[self._slot_T] = v_TGD.nan_to_num(0.0)
         out_THD = torch.empty_like(q_THD)
         for group in self._groups:
             k_SGKD, v_SGKD = (

@@ -14,7 +14,7 @@ from openmint.models.model import Model
 from openmint.models.weights import Weights
 from openmint.types import BaseInfo, Digest
 
-FAMILIES = {name: dense.DenseModel for name in dense.ARCHITECTURES}
+FAMILIES = dict.fromkeys(dense.ARCHITECTURES, dense.DenseModel)
 """Architecture names of config.json, and who computes them. A new family adds its line here."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -31,7 +31,9 @@ def load_model(
         known = ", ".join(DTYPES)
         raise InvalidRequest(f"worker.dtype {config.dtype!r} is not supported; supported: {known}")
     if not (directory / "config.json").is_file():
-        raise InvalidRequest(f"{directory} holds no config.json; --base wants a Hugging Face folder")
+        raise InvalidRequest(
+            f"{directory} holds no config.json; --base wants a Hugging Face folder"
+        )
     hf_config = AutoConfig.from_pretrained(directory, local_files_only=True)
     architecture = (hf_config.architectures or ["unknown"])[0]
     if architecture not in FAMILIES:

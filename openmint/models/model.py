@@ -46,5 +46,5 @@ class Model(Protocol):
         ...
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: Batch) -> Tensor:
-        """Final hidden states `[T, D]`, after the last norm; differentiable when grad is enabled."""
+        """Final hidden states `[T, D]` after the last norm; differentiable when grad is enabled."""
         ...

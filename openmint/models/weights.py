@@ -35,7 +35,8 @@ class Weights:
         if name not in self._files:
             return None
         tensor: Tensor = self._handles[self._files[name]].get_tensor(name)
-        return tensor.to(self._device, self._dtype)
+        # A copy always: else every page of the mapped file that was read stays in memory too.
+        return tensor.to(self._device, self._dtype, copy=True)
 
 
 def _index(directory: Path) -> dict[str, str]:
@@ -44,7 +45,7 @@ def _index(directory: Path) -> dict[str, str]:
         return index
     if (directory / SINGLE).is_file():
         with safe_open(directory / SINGLE, framework="pt") as file:
-            return {name: SINGLE for name in file.keys()}  # noqa: SIM118 - not a dict
+            return dict.fromkeys(file.keys(), SINGLE)
     raise InvalidRequest(
         f"{directory} holds neither {SINGLE} nor {INDEX}; "
         "save the model there with `save_pretrained` (safetensors is its default)"

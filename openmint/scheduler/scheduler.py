@@ -6,6 +6,7 @@ writing of the store happens in the background; its ends come back through `post
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -330,6 +331,10 @@ class Scheduler:
             self._fail_sampling(sampling, EngineFailed(f"wrong adapter: {wrong}; nothing returned"))
             return
         if outcome.token is None:
+            return
+        if not math.isfinite(outcome.logprob):
+            of = f"revision {outcome.revision}" if outcome.revision else "the base"
+            self._fail_sampling(sampling, NonFinite(f"{of} computes NaN or infinite values here"))
             return
         self._counters["generated"] += 1
         if sampling.work.stream:
