@@ -1,0 +1,154 @@
+"""LoRA linear layers: any mix of adapters equals each token's own plain formula."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from openmint.layers.adapters import (
+    AdapterBatch,
+    AdapterLayout,
+    AdapterStack,
+    AdapterWeights,
+    GradientSink,
+)
+from openmint.layers.linear import PACKED_ROWS, LoraLinear
+from openmint.types import LoraSpec, TargetModule
+
+PATHS = ("q", "k", "v")
+WIDTHS = (10, 6, 4)
+NUM_IN = 12
+TARGETS = [TargetModule(p, "attn", NUM_IN, w) for p, w in zip(PATHS, WIDTHS, strict=True)]
+OTHER = TargetModule("up", "mlp", NUM_IN, 5)
+
+
+def fused(dtype: torch.dtype, bias: bool = True) -> LoraLinear:
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        (
+            path,
+            torch.randn(width, NUM_IN, generator=generator).to(dtype),
+            torch.randn(width, generator=generator).to(dtype) if bias else None,
+        )
+        for path, width in zip(PATHS, WIDTHS, strict=True)
+    ]
+    return LoraLinear("attn", parts)
+
+
+def adapter(spec: LoraSpec, seed: int, dtype: torch.dtype = torch.float64) -> AdapterWeights:
+    targets = [t for t in (*TARGETS, OTHER) if t.group in spec.groups]
+    layout = AdapterLayout(spec, targets)
+    generator = torch.Generator().manual_seed(seed)
+    return AdapterWeights(layout, torch.randn(layout.num_params, generator=generator).to(dtype))
+
+
+ADAPTERS = [
+    adapter(LoraSpec(1), 1),
+    adapter(LoraSpec(5, 10.0), 2),
+    adapter(LoraSpec(3, train_attn=False), 3),
+    adapter(LoraSpec(8, 1.0, train_mlp=False), 4),
+]
+SLOTS = torch.tensor([0, 0, 1, -1, 2, 1, 3, 3, 3, -1, 0])
+
+
+def by_formula(x_TI: Tensor, linear: LoraLinear, adapters: list[AdapterWeights]) -> Tensor:
+    """Token by token: W x + b, plus alpha / r * B A x of the token's own adapter."""
+    rows = []
+    for x_I, slot in zip(x_TI, SLOTS.tolist(), strict=True):
+        y_O = linear.weight_OI @ x_I + (linear.bias_O if linear.bias_O is not None else 0.0)
+        views = adapters[slot].views if slot >= 0 else {}
+        deltas = []
+        for path, width in zip(PATHS, WIDTHS, strict=True):
+            if path in views:
+                a_RI, b_RO = views[path]
+                spec = adapters[slot].spec
+                deltas.append(spec.alpha / spec.rank * (b_RO.t() @ (a_RI @ x_I)))
+            else:
+                deltas.append(torch.zeros(width, dtype=x_I.dtype))
+        rows.append(y_O + torch.cat(deltas))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_mixed_adapters_forward_and_gradients_follow_the_formula(bias: bool) -> None:
+    linear = fused(torch.float64, bias)
+    x_TI = torch.randn(len(SLOTS), NUM_IN, dtype=torch.float64)
+    grad_TO = torch.randn(len(SLOTS), sum(WIDTHS), dtype=torch.float64)
+    stack = AdapterStack(ADAPTERS)
+    sinks = [torch.zeros_like(each.flat_P) for each in ADAPTERS]
+    ours_x = x_TI.clone().requires_grad_()
+    out = linear(ours_x, AdapterBatch(stack, SLOTS, GradientSink(stack, sinks)))
+    out.backward(grad_TO)
+
+    leaves = [each.flat_P.clone().requires_grad_() for each in ADAPTERS]
+    twins = [AdapterWeights(a.layout, leaf) for a, leaf in zip(ADAPTERS, leaves, strict=True)]
+    their_x = x_TI.clone().requires_grad_()
+    expected = by_formula(their_x, linear, twins)
+    expected.backward(grad_TO)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(ours_x.grad, their_x.grad)
+    for sink, leaf in zip(sinks, leaves, strict=True):
+        wanted = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        torch.testing.assert_close(sink, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x_TI, AdapterBatch(stack, SLOTS)), expected.detach())
+
+
+def test_one_adapter_for_all_is_the_same_by_the_short_way_and_the_long() -> None:
+    linear = fused(torch.float64)
+    x_TI = torch.randn(6, NUM_IN, dtype=torch.float64)
+    uniform = AdapterBatch(AdapterStack(ADAPTERS[1:2]), torch.zeros(6, dtype=torch.int64))
+    delta = uniform.delta("attn", "q")
+    assert delta is not None
+    assert delta.own_TR is None
+    among = AdapterBatch(AdapterStack(ADAPTERS), torch.ones(6, dtype=torch.int64))
+    torch.testing.assert_close(linear(x_TI, uniform), linear(x_TI, among))
+
+
+def test_an_adapter_without_this_target_leaves_the_base_alone() -> None:
+    linear = fused(torch.float64)
+    x_TI = torch.randn(6, NUM_IN, dtype=torch.float64)
+    batch = AdapterBatch(AdapterStack(ADAPTERS[2:3]), torch.zeros(6, dtype=torch.int64))
+    assert linear.deltas(batch) == []
+    torch.testing.assert_close(linear(x_TI, batch), linear(x_TI, None))
+
+
+def test_anothers_overflow_does_not_reach_a_neighbour() -> None:
+    linear = fused(torch.float64)
+    layout = ADAPTERS[0].layout
+    wild = AdapterWeights(layout, torch.full_like(ADAPTERS[0].flat_P, 1e300))
+    x_TI = 1e10 * torch.ones(3, NUM_IN, dtype=torch.float64)
+    batch = AdapterBatch(AdapterStack([wild, ADAPTERS[1]]), torch.tensor([0, 1, -1]))
+    out = linear(x_TI, batch)
+    assert not out[0].isfinite().all()
+    assert out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("num_rows", [1, PACKED_ROWS, PACKED_ROWS + 1])
+def test_packed_bf16_weights_compute_what_plain_ones_do(num_rows: int) -> None:
+    linear = fused(torch.bfloat16)
+    x_TI = torch.randn(num_rows, NUM_IN).bfloat16()
+    expected = x_TI.float() @ linear.weight_OI.float().t() + linear.bias_O.float()
+    torch.testing.assert_close(linear.base(x_TI).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_layout_gives_every_parameter_to_one_view() -> None:
+    layout = AdapterLayout(LoraSpec(3), (*TARGETS, OTHER))
+    flat_P = torch.arange(layout.num_params, dtype=torch.float64)
+    parts = [part.flatten() for views in layout.views(flat_P).values() for part in views]
+    torch.testing.assert_close(torch.cat(parts), flat_P)
+    assert all(a[-1] + 1 == b[0] for a, b in pairwise(parts))
+    layout.views(flat_P)["k"][1].zero_()
+    assert int((flat_P == 0).sum()) == 3 * 6 + 1
+
+
+def test_rows_stand_in_slot_order_for_the_adapters_that_have_the_target() -> None:
+    stack = AdapterStack(ADAPTERS)
+    assert stack.members("attn") == [0, 1, 3]
+    assert stack.row_ranges("attn") == [(0, 0, 1), (1, 1, 6), (3, 6, 14)]
+    a_RI, b_RO = stack.rows("k")
+    assert (a_RI.shape, b_RO.shape) == ((14, NUM_IN), (14, 6))
+    torch.testing.assert_close(a_RI[1:6], ADAPTERS[1].views["k"][0])
