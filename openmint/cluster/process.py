@@ -16,6 +16,15 @@ from openmint.scheduler.work import Failed, Ready
 from openmint.types import BaseInfo
 
 STOP_SECONDS = 30.0
+MEMORY_ENVIRONMENT = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+    "LRU_CACHE_CAPACITY": "32",
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**20),
+}
+"""Keeps a CPU worker's memory flat. Each new batch length makes kernels, of which oneDNN and the
+layer above it would keep 1024 each, and blocks that malloc would rather keep than reuse: 3.1 GB
+after the quick demo, 2.0 GB with these, at the same speed. The environment of `serve` wins."""
 
 
 class WorkerProcess:
@@ -46,7 +55,12 @@ async def start_worker(base: str, settings: Settings) -> WorkerProcess:
     num_workers = max(1, len(settings.bases))
     threads = settings.worker.threads or max(1, (os.cpu_count() or 1) // num_workers)
     # OpenMP threads that spin while they wait would starve a second busy process.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **MEMORY_ENVIRONMENT,
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with theirs:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
