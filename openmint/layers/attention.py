@@ -114,7 +114,7 @@ def _attend(q_SLHD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask_S1QK: Tensor) -
     split = (num_seqs, width, num_kv_heads, num_heads // num_kv_heads, head_dim)
     q_SGQD = q_SLHD.view(split).permute(0, 2, 3, 1, 4).flatten(2, 3)
     if q_SLHD.device.type == "cpu" and k_SGKD.shape[2] <= PLAIN_TOKENS:
-        scores = (q_SGQD @ k_SGKD.transpose(2, 3)) * head_dim**-0.5 + mask_S1QK
+        scores: Tensor = (q_SGQD @ k_SGKD.transpose(2, 3)) * head_dim**-0.5 + mask_S1QK
         out = scores.softmax(-1, dtype=torch.float32).to(v_SGKD.dtype) @ v_SGKD
     else:
         out = F.scaled_dot_product_attention(q_SGQD, k_SGKD, v_SGKD, mask_S1QK)
