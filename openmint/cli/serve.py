@@ -79,6 +79,7 @@ class Service:
         )
         store = BlobStore(settings.data)
         self._gateway: Gateway = build_gateway(settings, catalog, store, self._workers)
+        self._metrics.watch_futures(self._gateway.futures.num_pending)
         self._stopping = asyncio.Event()
         self._failure: OpenMintError | None = None
 
@@ -125,6 +126,7 @@ class Service:
     async def _start(self, base: str) -> None:
         started_at = time.monotonic()
         process = self._processes[base] = await start_worker(base, self._settings)
+        process.client.observer = self._metrics
         self._workers.add(process.client)
         info = process.base
         install_client_files(Path(info.directory), info.name, self._settings.data / "client")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
 from openmint.cluster.link import frame, read_frame
 from openmint.errors import EngineFailed
@@ -28,6 +30,13 @@ from openmint.scheduler.work import (
 from openmint.types import BaseInfo
 
 
+class Observer(Protocol):
+    """Hears how long each command took; `cli/serve.py` joins the metrics to it."""
+
+    def observe_command(self, base: str, kind: str, seconds: float, ok: bool) -> None: ...
+    def observe_first_token(self, base: str, seconds: float) -> None: ...
+
+
 class WorkerClient:
     """Sends commands to one worker and hands each result to whoever waits for it.
 
@@ -41,6 +50,7 @@ class WorkerClient:
         self.base = base
         self.stats = WorkerStats()
         self.alive = True
+        self.observer: Observer | None = None
         self._reader, self._writer = reader, writer
         self._work_ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Result]] = {}
@@ -58,12 +68,17 @@ class WorkerClient:
     async def stream(self, work: SampleWork) -> AsyncIterator[SampleDelta | SampleResult]:
         """Deltas as tokens appear, then the SampleResult. Closing the iterator cancels the work."""
         queue: asyncio.Queue[SampleDelta] = asyncio.Queue()
+        started_at, is_first = time.monotonic(), True
         task = asyncio.create_task(self._submit(work, queue.put_nowait))
         getter: asyncio.Task[SampleDelta] = asyncio.create_task(queue.get())
         try:
             while True:
                 await asyncio.wait({task, getter}, return_when=asyncio.FIRST_COMPLETED)
                 if getter.done():
+                    if is_first and self.observer:
+                        elapsed = time.monotonic() - started_at
+                        self.observer.observe_first_token(self.base.name, elapsed)
+                    is_first = False
                     yield getter.result()
                     getter = asyncio.create_task(queue.get())
                 elif task.done():
@@ -90,9 +105,12 @@ class WorkerClient:
         self._waiting[work_id] = future
         if listener:
             self._listeners[work_id] = listener
+        started_at, ok = time.monotonic(), False
         try:
             self._send(Submit(work_id, command))
-            return await future
+            result = await future
+            ok = True
+            return result
         except asyncio.CancelledError:
             # Cancelling the awaiting task cancelled the future too, unless it was answered.
             if isinstance(command, SampleWork) and future.cancelled() and self.alive:
@@ -101,6 +119,9 @@ class WorkerClient:
         finally:
             self._waiting.pop(work_id, None)
             self._listeners.pop(work_id, None)
+            if self.observer:
+                kind, elapsed = type(command).__name__, time.monotonic() - started_at
+                self.observer.observe_command(self.base.name, kind, elapsed, ok)
 
     def _send(self, message: ToWorker) -> None:
         self._writer.write(frame(message))

@@ -7,9 +7,7 @@ free text or a key. Numbers per policy live in the catalogue.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -77,7 +75,7 @@ class Metrics:
         )
         self.first_token_seconds = Histogram(
             "vllm:time_to_first_token_seconds",
-            "Time from the request to its first token.",
+            "Time from the request to the first token of a stream.",
             ("model_name",),
             buckets=LATENCY_BUCKETS,
             registry=registry,
@@ -99,9 +97,6 @@ class Metrics:
         self.futures_pending = Gauge(
             "openmint_futures_pending", "Results not there yet.", registry=registry
         )
-        self.promotions = Counter(
-            "openmint_promote", "Alias moves by kind.", ("kind",), registry=registry
-        )
         self.worker_restarts = Counter(
             "openmint_worker_restarts",
             "Workers restarted after a death.",
@@ -120,16 +115,20 @@ class Metrics:
         self.requests.labels(route, f"{status // 100}xx").inc()
         self.request_seconds.labels(route).observe(seconds)
 
-    @contextmanager
-    def time_command(self, command: str) -> Iterator[None]:
-        """Time one training command; its outcome is `ok` or `error`."""
-        started_at, outcome = time.monotonic(), "error"
-        try:
-            yield
-            outcome = "ok"
-        finally:
-            elapsed = time.monotonic() - started_at
-            self.command_seconds.labels(command, outcome).observe(elapsed)
+    def observe_command(self, base: str, kind: str, seconds: float, ok: bool) -> None:
+        """Time one command of a worker; samples under vLLM's name, the rest by kind and outcome."""
+        if kind != "SampleWork":
+            self.command_seconds.labels(kind, "ok" if ok else "error").observe(seconds)
+        elif ok:
+            self.sample_seconds.labels(base).observe(seconds)
+
+    def observe_first_token(self, base: str, seconds: float) -> None:
+        """Time to the first token of a streamed sample."""
+        self.first_token_seconds.labels(base).observe(seconds)
+
+    def watch_futures(self, num_pending: Callable[[], int]) -> None:
+        """Count pending results at each scrape."""
+        self.futures_pending.set_function(num_pending)
 
     def render(self) -> bytes:
         """All metrics in the Prometheus text format."""
