@@ -52,8 +52,6 @@ def config_of(settings: Settings) -> train.Config:
         lora_rank=settings.lora_rank,
         learning_rate=settings.learning_rate,
         max_tokens=settings.max_tokens,
-        # Groups that all earned the same teach nothing.
-        remove_constant_reward_groups=True,
         eval_every=0,
         save_every=0,
         rolling_save_every=settings.rolling_save_every,

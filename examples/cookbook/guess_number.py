@@ -54,8 +54,6 @@ def config_of(settings: Settings) -> train.Config:
         learning_rate=settings.learning_rate,
         max_tokens=settings.max_tokens,
         max_steps=settings.max_steps,
-        # Talks that all earned the same teach nothing.
-        remove_constant_reward_groups=True,
         # The held-out set has 103 numbers with four players each: too long for a short run.
         eval_every=0,
         save_every=0,

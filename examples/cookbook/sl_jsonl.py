@@ -39,6 +39,7 @@ class Settings:
     eval_every: int = 5
     save_every: int = 10
     ttl_seconds: int | None = 7200
+    rolling_save_every: int = 0
 
 
 def config_of(settings: Settings) -> train.Config:
@@ -63,6 +64,7 @@ def config_of(settings: Settings) -> train.Config:
         eval_every=settings.eval_every,
         save_every=settings.save_every,
         ttl_seconds=settings.ttl_seconds,
+        rolling_save_every=settings.rolling_save_every,
     )
 
 
