@@ -32,11 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": {"engine", "models", "observe", "scheduler", "store"},
     "scheduler": {"residency"},
     "residency": set(),
-    "engine": {"kernels", "layers", "losses", "models", "store"},
-    "models": {"kernels", "layers"},
-    "layers": {"kernels"},
+    "engine": {"layers", "losses", "models", "store"},
+    "models": {"layers"},
+    "layers": set(),
     "losses": set(),
-    "kernels": set(),
 }
 """Which rooms a room may import besides itself. `cli` joins all and is imported by none."""
 
@@ -57,7 +56,6 @@ FOREIGN_TO: dict[str, set[str]] = {
     "models": {"sqlalchemy", "fastapi", "starlette"},
     "layers": {"sqlalchemy", "fastapi"},
     "losses": {"sqlalchemy", "fastapi", "transformers"},
-    "kernels": {"sqlalchemy", "fastapi", "transformers"},
 }
 """Libraries that a room must not name anywhere, not even inside a function."""
 
