@@ -73,7 +73,7 @@ serve: $(READY)
 	@$(BIN)/openmint serve --port $(PORT) --data $(DATA)
 
 bench: $(READY)
-	@$(BIN)/python -m benchmarks.run
+	@$(BIN)/python -m benchmarks.startup
 
 clean:
 	rm -rf $(VENV) $(COOKBOOK) .data build demo-output *.egg-info \
