@@ -50,6 +50,8 @@ class PromptScores:
     next_tokens_N: IntArray
     num_top: int
     candidates_NK: IntArray | None
+    alternatives: tuple[Draw, ...] = ()
+    """Draws wanted at every row, which adds its place in the prompt to `position`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class PromptScored:
     logprobs_N: FloatArray
     top: TopLogprobs | None
     candidates_NK: FloatArray | None
+    alternatives: TopLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@ L padded chunk length, P pages, K cached positions, N tokens of a chunk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openmint.engine.plan import Chunk, ChunkOutcome, PromptScored, SampleBatch
+from openmint.engine.plan import Chunk, ChunkOutcome, Draw, PromptScored, SampleBatch
 from openmint.layers.adapters import AdapterBatch, AdapterStack, AdapterWeights
 from openmint.layers.attention import (
     KVCache,
@@ -125,9 +126,9 @@ class Sampler:
         if not drawing:
             return {}
         logprobs_RV = self._logprobs(hidden_TD[self._to(last_S[drawing])], slot_S[drawing])
-        tokens_R = choose_tokens(logprobs_RV, [chunks[i] for i in drawing])
-        chosen_R = logprobs_RV.gather(1, tokens_R[:, None]).squeeze(1).cpu().numpy()
         draws = [draw for chunk in chunks if (draw := chunk.draw) is not None]
+        tokens_R = choose_tokens(logprobs_RV, draws)
+        chosen_R = logprobs_RV.gather(1, tokens_R[:, None]).squeeze(1).cpu().numpy()
         width = max(draw.num_top_logprobs for draw in draws)
         tops = _top(logprobs_RV, width) if width else None
         drawn = {}
@@ -155,7 +156,9 @@ class Sampler:
                 wanted_RK = self._to(scores.candidates_NK[rows])
                 found_RK = logprobs_RV.gather(1, wanted_RK.clamp(min=0))
                 candidates = found_RK.masked_fill(wanted_RK < 0, float("nan")).cpu().numpy()
-            parts.append(PromptScored(own, top, candidates))
+            place = chunk.start + scores.first_row + rows.start
+            drawn = draw_alternatives(logprobs_RV, scores.alternatives, place)
+            parts.append(PromptScored(own, top, candidates, drawn))
         return join_scores(parts)
 
     def _logprobs(self, hidden_RD: Tensor, slot_R: IntArray) -> Tensor:
@@ -166,13 +169,27 @@ class Sampler:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
-def choose_tokens(logprobs_RV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+def draw_alternatives(
+    logprobs_RV: Tensor, alternatives: Sequence[Draw], place: int
+) -> TopLogprobs | None:
+    """One token per row and wanted draw; row 0 stands at `place` in the prompt."""
+    if not alternatives:
+        return None
+    columns = []
+    for wanted in alternatives:
+        rows = range(len(logprobs_RV))
+        draws = [replace(wanted, position=wanted.position + place + row) for row in rows]
+        columns.append(choose_tokens(logprobs_RV, draws))
+    tokens_RK = torch.stack(columns, dim=1)
+    return TopLogprobs(tokens_RK.cpu().numpy(), logprobs_RV.gather(1, tokens_RK).cpu().numpy())
+
+
+def choose_tokens(logprobs_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The token that each row's settings draw.
 
     The row's uniform number depends on its seed and position alone, so a sequence draws the same
     tokens whatever it is batched with.
     """
-    draws = [chunk.draw for chunk in chunks if chunk.draw is not None]
     tokens_R = logprobs_RV.argmax(dim=-1)
     warm = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
     if not warm:
@@ -220,9 +237,13 @@ def join_scores(parts: Sequence[PromptScored]) -> PromptScored | None:
         return None
     tops = [part.top for part in parts if part.top is not None]
     found = [part.candidates_NK for part in parts if part.candidates_NK is not None]
-    top = join_tops(tops) if tops else None
-    logprobs_N = np.concatenate([part.logprobs_N for part in parts])
-    return PromptScored(logprobs_N, top, np.concatenate(found) if found else None)
+    drawn = [part.alternatives for part in parts if part.alternatives is not None]
+    return PromptScored(
+        np.concatenate([part.logprobs_N for part in parts]),
+        join_tops(tops) if tops else None,
+        np.concatenate(found) if found else None,
+        join_tops(drawn) if drawn else None,
+    )
 
 
 def join_tops(tops: Sequence[TopLogprobs]) -> TopLogprobs:

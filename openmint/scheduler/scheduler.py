@@ -354,6 +354,7 @@ class Scheduler:
         logprobs = [scored.logprobs_N for scored in first.scored]
         tops = [scored.top for scored in first.scored if scored.top is not None]
         found = [s.candidates_NK for s in first.scored if s.candidates_NK is not None]
+        drawn = [s.alternatives for s in first.scored if s.alternatives is not None]
         wanted = work.target_prompt_logprobs_NK
         return SampleResult(
             sequences=tuple(sequence.result() for sequence in sampling.sequences),
@@ -361,7 +362,8 @@ class Scheduler:
             base=self._engine.base.digest,
             prompt_logprobs_T=_prompt_logprobs(logprobs) if work.prompt_logprobs else None,
             topk_prompt_logprobs=_prompt_tops(tops, work.topk_prompt_logprobs),
-            target_prompt_logprobs_NK=None if wanted is None else np.concatenate(found),
+            target_prompt_logprobs_NK=None if wanted is None else _rows(found, wanted.shape[1]),
+            prompt_alternatives=_prompt_rows(drawn, work.prompt_alternatives),
             num_cached_tokens=first.num_cached,
         )
 
@@ -557,10 +559,23 @@ def _prompt_logprobs(parts: list[FloatArray]) -> FloatArray:
     return np.concatenate([np.array([np.nan], dtype=np.float32), *parts]).astype(np.float32)
 
 
-def _prompt_tops(parts: list[TopLogprobs], k: int) -> TopLogprobs | None:
-    """Row 0 is empty: nothing predicts the first token."""
+def _rows(parts: list[FloatArray], width: int) -> FloatArray:
+    """Consecutive rows as one array; a prompt of one token has none."""
+    return np.concatenate([np.zeros((0, width), dtype=np.float32), *parts])
+
+
+def _prompt_rows(parts: list[TopLogprobs], k: int) -> TopLogprobs | None:
+    """Rows for the prompt's tokens after the first."""
     if not k:
         return None
-    ids = [np.zeros((1, k), dtype=np.int64), *(part.token_ids_NK for part in parts)]
-    logprobs = [np.full((1, k), -np.inf, dtype=np.float32), *(p.logprobs_NK for p in parts)]
-    return TopLogprobs(np.concatenate(ids), np.concatenate(logprobs))
+    ids = [np.zeros((0, k), dtype=np.int64), *(part.token_ids_NK for part in parts)]
+    return TopLogprobs(np.concatenate(ids), _rows([part.logprobs_NK for part in parts], k))
+
+
+def _prompt_tops(parts: list[TopLogprobs], k: int) -> TopLogprobs | None:
+    """Row 0 is empty: nothing predicts the first token."""
+    rows = _prompt_rows(parts, k)
+    if rows is None:
+        return None
+    ids_NK = np.pad(rows.token_ids_NK, ((1, 0), (0, 0)))
+    return TopLogprobs(ids_NK, np.pad(rows.logprobs_NK, ((1, 0), (0, 0)), constant_values=-np.inf))

@@ -57,8 +57,9 @@ class Sequence:
     @property
     def wants_scores(self) -> bool:
         work = self.work
-        wanted = work.prompt_logprobs or work.topk_prompt_logprobs > 0
-        return self.sample_index == 0 and (wanted or work.target_prompt_logprobs_NK is not None)
+        wanted = work.prompt_logprobs or work.topk_prompt_logprobs or work.prompt_alternatives
+        given = work.target_prompt_logprobs_NK is not None
+        return self.sample_index == 0 and (bool(wanted) or given)
 
     def chunk(self, stop: int) -> Chunk:
         """The engine's work for tokens `num_computed:stop`."""
@@ -87,8 +88,16 @@ class Sequence:
         next_tokens_N = np.array(self.tokens[first + 1 : last + 1], dtype=np.int64)
         wanted: IntArray | None = self.work.target_prompt_logprobs_NK
         candidates_NK = None if wanted is None else wanted[first:last]
-        num_top = self.work.topk_prompt_logprobs
-        return PromptScores(first - start, next_tokens_N, num_top, candidates_NK)
+        num_top, drawn = self.work.topk_prompt_logprobs, self._alternatives()
+        return PromptScores(first - start, next_tokens_N, num_top, candidates_NK, drawn)
+
+    def _alternatives(self) -> tuple[Draw, ...]:
+        """Untruncated draws; positions far apart, so that no two draws share their number."""
+        params = self.work.params
+        return tuple(
+            Draw(params.temperature, -1, 1.0, params.seed, (i + 1) << 32, 0)
+            for i in range(self.work.prompt_alternatives)
+        )
 
     def absorb(self, outcome: ChunkOutcome, stop: int, decode: DecodeText) -> None:
         """Take in what the engine made of the chunk that ended at `stop`."""

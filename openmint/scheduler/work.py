@@ -157,6 +157,8 @@ class SampleWork:
     topk_sample_logprobs: int = 0
     target_prompt_logprobs_NK: IntArray | None = None
     """Candidate tokens whose log-probability is wanted at prompt positions 1..; -1 skips a cell."""
+    prompt_alternatives: int = 0
+    """Independent draws at the temperature of `params`, at prompt positions 1.."""
     stream: bool = False
     """Send a SampleDelta after each step that produced tokens, then the SampleResult."""
 
@@ -181,6 +183,8 @@ class SampleResult:
     """Index 0 is NaN: nothing predicts the first token."""
     topk_prompt_logprobs: TopLogprobs | None = None
     target_prompt_logprobs_NK: FloatArray | None = None
+    prompt_alternatives: TopLogprobs | None = None
+    """The draws that were asked for: row i holds alternatives to prompt token i + 1."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values came from the prefix cache."""
 

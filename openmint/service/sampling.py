@@ -67,7 +67,7 @@ class SampleRequest:
     max_tokens: int | None = None
     seed: int | None = None
     stop_token_ids: tuple[int, ...] | None = None
-    """None: the base's end tokens, unless stop strings are given."""
+    """None: the base's end tokens."""
     stop_strings: tuple[str, ...] = ()
     temperature: float = 1.0
     top_k: int = -1
@@ -77,6 +77,7 @@ class SampleRequest:
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
     target_prompt_logprobs_NK: IntArray | None = None
+    prompt_alt_tokens_k: int = 0
 
 
 class Sampling:
@@ -274,7 +275,7 @@ def _check_drawing(request: SampleRequest, base: BaseInfo) -> None:
 
 
 def _check_logprobs(request: SampleRequest, base: BaseInfo) -> None:
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         wanted = getattr(request, name)
         if not 0 <= wanted <= checks.MAX_TOP_LOGPROBS:
             raise InvalidRequest(f"{name} must be 0 to {checks.MAX_TOP_LOGPROBS}, got {wanted}")
@@ -301,9 +302,7 @@ def _check_logprobs(request: SampleRequest, base: BaseInfo) -> None:
 def sample_work(sampler: Sampler, request: SampleRequest) -> SampleWork:
     """The worker's command, with everything resolved; an absent seed is drawn here, once."""
     base = sampler.base
-    stop_ids = request.stop_token_ids
-    if stop_ids is None:
-        stop_ids = () if request.stop_strings else base.eos_token_ids
+    stop_ids = base.eos_token_ids if request.stop_token_ids is None else request.stop_token_ids
     params = SamplingParams(
         max_tokens=request.max_tokens or base.context_length - request.prompt_T.size,
         temperature=request.temperature,
@@ -323,6 +322,7 @@ def sample_work(sampler: Sampler, request: SampleRequest) -> SampleWork:
         topk_prompt_logprobs=request.topk_prompt_logprobs,
         topk_sample_logprobs=request.topk_sample_logprobs,
         target_prompt_logprobs_NK=request.target_prompt_logprobs_NK,
+        prompt_alternatives=request.prompt_alt_tokens_k,
     )
 
 

@@ -131,6 +131,12 @@ def _sample_proto(answer: SampleAnswer) -> bytes:
             tensor.sparse_csr.values = _f32(layout.pick(targets_NK))
             tensor.sparse_csr.crow_indices = np.asarray(layout.crow, "<i8").tobytes()
             tensor.sparse_csr.col_indices = np.asarray(layout.columns, "<i8").tobytes()
+    if (drawn := result.prompt_alternatives) is not None:
+        tokens, logprobs = message.prompt_alt_tokens.tokens, message.prompt_alt_tokens.logprobs
+        tokens.dtype, tokens.dense = proto.INT64, drawn.token_ids_NK.astype("<i8").tobytes()
+        logprobs.dtype, logprobs.dense = proto.FLOAT32, _f32(drawn.logprobs_NK)
+        for tensor in (tokens, logprobs):
+            tensor.shape.extend(drawn.token_ids_NK.shape)
     return bytes(message.SerializeToString())
 
 
@@ -167,6 +173,11 @@ def _sample_json(answer: SampleAnswer) -> dict[str, Any]:
             "dtype": "float32",
             "shape": list(targets_NK.shape),
         }
+    if (drawn := result.prompt_alternatives) is not None:
+        shape = list(drawn.token_ids_NK.shape)
+        tokens = {"data": drawn.token_ids_NK.ravel().tolist(), "dtype": "int64", "shape": shape}
+        logprobs = _tensor_json(drawn.logprobs_NK, shape)
+        content["prompt_alt_tokens"] = {"tokens": tokens, "logprobs": logprobs}
     return content
 
 

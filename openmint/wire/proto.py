@@ -43,7 +43,8 @@ MESSAGES: dict[str, str] = {
     "SampleResponse": """
         1 sequences SampledSequence* / 2 prompt_logprobs bytes?
         3 topk_prompt_logprobs TopkLogprobs / 4 prompt_cache_hit_tokens int32
-        5 target_prompt_logprobs Tensor""",
+        5 target_prompt_logprobs Tensor / 6 prompt_alt_tokens PromptAltTokens""",
+    "PromptAltTokens": "1 tokens Tensor / 2 logprobs Tensor",
     "SampledSequence": """
         1 stop_reason StopReason / 2 tokens bytes / 3 logprobs bytes?
         4 topk_sampled_logprobs TopkLogprobs""",

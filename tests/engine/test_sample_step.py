@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from openmint.engine.plan import Chunk, Draw
+from openmint.engine.plan import Draw
 from openmint.engine.sample_step import choose_tokens, truncate, uniform_at
 from openmint.errors import EngineFailed, InvalidRequest
 from openmint.layers.adapters import AdapterWeights
@@ -20,6 +21,7 @@ from tests.workbench import (
     peft_model,
     prompt_of,
     random_model,
+    reference,
     train_work,
 )
 
@@ -29,10 +31,6 @@ SPECS = {
     "r16": LoraSpec(16, train_attn=False),
     "r64": LoraSpec(64, train_unembed=False),
 }
-
-
-def row(draw: Draw) -> Chunk:
-    return Chunk(0, np.zeros(1, dtype=np.int64), 0, (0,), None, draw)
 
 
 def test_mixed_adapters_sample_what_each_samples_alone(tmp_path: Path) -> None:
@@ -234,7 +232,7 @@ def test_draws_follow_the_tempered_distribution() -> None:
     logits = torch.log(torch.tensor([0.6, 0.3, 0.1]))
     temperature, count = 2.0, 4000
     rows = logits.expand(count, 3)
-    draws = [row(Draw(temperature, -1, 1.0, 7, position, 0)) for position in range(count)]
+    draws = [Draw(temperature, -1, 1.0, 7, position, 0) for position in range(count)]
     drawn = torch.bincount(choose_tokens(rows, draws), minlength=3) / count
     expected = (logits / temperature).softmax(-1)
     # Four standard errors of a proportion at n = 4000.
@@ -255,3 +253,32 @@ def test_adapter_weights_carry_their_revision(tmp_path: Path) -> None:
     held: AdapterWeights = bench.engine._slots[revision]
     assert held.revision == revision
     assert bench.engine.runs[RunId("r")].weights.revision is None
+
+
+def test_prompt_alternatives_are_draws_from_each_positions_distribution(tmp_path: Path) -> None:
+    bench = Workbench(random_model("llama", tmp_path / "base"), tmp_path / "store", step_tokens=7)
+    prompt = prompt_of(12)
+    work = SampleWork(
+        Tenant("t"),
+        None,
+        prompt,
+        SamplingParams(max_tokens=1, temperature=0.7, seed=3),
+        prompt_alternatives=64,
+    )
+    drawn = bench.do(work).prompt_alternatives
+    with torch.no_grad():
+        logits = reference(tmp_path / "base")(torch.from_numpy(prompt)[None]).logits[0, :-1]
+    logprobs = logits.log_softmax(-1).numpy()
+    found = np.take_along_axis(logprobs, drawn.token_ids_NK, axis=1)
+    np.testing.assert_allclose(drawn.logprobs_NK, found, atol=1e-4)
+    # Under the tempered distribution the draws' mean log-probability has a known expectation.
+    tempered = (logits / 0.7).softmax(-1).numpy()
+    expected = (tempered * logprobs).sum(1)
+    spread = np.sqrt((tempered * (logprobs - expected[:, None]) ** 2).sum(1) / 64)
+    assert (np.abs(drawn.logprobs_NK.mean(1) - expected) < 5 * spread).all()
+    single = replace(
+        work, prompt_T=prompt[:1], target_prompt_logprobs_NK=np.zeros((0, 2), np.int64)
+    )
+    alone = bench.do(single)
+    assert alone.prompt_alternatives.token_ids_NK.shape == (0, 64)
+    assert alone.target_prompt_logprobs_NK.shape == (0, 2)

@@ -240,7 +240,7 @@ def test_unknown_paths(client, path, status, says):
         ({}, {"num_samples": 257}, ["num_samples", "256"]),
         ({}, {"topk_prompt_logprobs": -1}, ["topk_prompt_logprobs"]),
         ({}, {"prompt_logprobs_last_n": 2}, ["prompt_logprobs_last_n"]),
-        ({}, {"prompt_alt_tokens_k": 2}, ["prompt_alt_tokens_k", "not supported"]),
+        ({}, {"prompt_alt_tokens_k": 101}, ["prompt_alt_tokens_k", "100"]),
         ({}, {"record_stability_info": True}, ["record_stability_info"]),
         ({}, {"tokens": []}, ["empty"]),
         ({}, {"tokens": [-1]}, ["-1", "vocabulary"]),

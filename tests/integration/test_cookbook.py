@@ -159,4 +159,4 @@ def test_players_learn_the_form_of_a_guess(recipe, tmp_path, rest):
     }
     run = recipe("guess_number", tmp_path / "log", load_checkpoint_path=start)
     rewards = run.metric("env/all/reward/total")
-    assert mean(rewards[-2:]) > mean(rewards[:2]) + 0.2
+    assert rewards[-1] > rewards[0] + 0.3

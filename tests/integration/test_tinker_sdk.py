@@ -162,6 +162,39 @@ def test_a_stop_token_ends_the_sample_and_is_in_it(client, base_model):
     assert sequence.stop_reason == "stop"
 
 
+def test_end_token_stops_beside_a_stop_string_but_not_beside_stop_ids(client, base_model):
+    sampler = client.create_sampling_client(base_model=base_model).result()
+    tokenizer = sampler.get_tokenizer()
+    end = tokenizer.eos_token_id
+    chat = [{"role": "user", "content": "Reply with the word yes alone."}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    prompt = types.ModelInput.from_ints(tokenizer.encode(text + "yes"))
+
+    def tokens(stop):
+        params = types.SamplingParams(max_tokens=24, temperature=0.0, stop=stop)
+        return list(sampler.sample(prompt, 1, params).result().sequences[0].tokens)
+
+    assert end in tokens([])[:-1]
+    for stop in (None, "never said", ["never said"]):
+        assert tokens(stop)[-1] == end
+        assert tokens(stop).count(end) == 1
+    assert len(tokens([49151])) == 24
+
+
+def test_prompt_alternatives_are_draws_with_the_models_logprobs(client, base_model):
+    sampler = client.create_sampling_client(base_model=base_model).result()
+    greedy = types.SamplingParams(max_tokens=1, temperature=0.0)
+    prompt = types.ModelInput.from_ints(PROMPT)
+    best = sampler.sample(prompt, 1, greedy, topk_prompt_logprobs=1, prompt_alt_tokens_k=2).result()
+    drawn = best.prompt_alt_tokens
+    assert drawn.tokens.shape == drawn.logprobs.shape == [len(PROMPT) - 1, 2]
+    expected = [row[0] for row in best.topk_prompt_logprobs[1:]]
+    rows = zip(drawn.tokens.to_numpy(), drawn.logprobs.to_numpy(), expected, strict=True)
+    for tokens, logprobs, (token, logprob) in rows:
+        assert list(tokens) == [token, token]
+        assert list(logprobs) == pytest.approx([logprob, logprob])
+
+
 def test_prompt_logprobs_of_every_kind(client, base_model):
     sampler = client.create_sampling_client(base_model=base_model).result()
     params = types.SamplingParams(max_tokens=1, temperature=0.0)

@@ -75,8 +75,6 @@ async def asample(request: Request, caller: Caller, gateway: App) -> dict[str, A
 
 
 def _refuse_unsupported(body: requests.Sample) -> None:
-    if body.prompt_alt_tokens_k:
-        raise InvalidRequest("prompt_alt_tokens_k is not supported; use topk_prompt_logprobs")
     if body.record_stability_info:
         raise InvalidRequest("record_stability_info is not supported; StableReinforce needs it")
 
@@ -99,19 +97,26 @@ def _request(body: requests.Sample, targets_NK: IntArray | None) -> SampleReques
         topk_prompt_logprobs=body.topk_prompt_logprobs,
         topk_sample_logprobs=body.topk_sample_logprobs,
         target_prompt_logprobs_NK=targets_NK,
+        prompt_alt_tokens_k=body.prompt_alt_tokens_k,
     )
 
 
 def _stop(
     stop: str | list[str] | list[int] | None,
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Stop ids and strings; ids None means that the base's end tokens stop."""
+    """Stop ids and strings; ids None means that the base's end tokens stop.
+
+    Strings come on top of the end tokens, a list of ids instead of them, and [] is no stop at all.
+    The cookbook's role_colon renderer counts on it: its stop is a string that a base may never
+    say, and it reads a sample that ended with the end token as a clean turn.
+    """
     if stop is None:
         return None, ()
     if isinstance(stop, str):
-        return (), (stop,)
+        return None, (stop,)
     ids = tuple(item for item in stop if isinstance(item, int))
-    return ids, tuple(item for item in stop if isinstance(item, str))
+    strings = tuple(item for item in stop if isinstance(item, str))
+    return None if strings and not ids else ids, strings
 
 
 def _targets(tensor: TensorJson | None) -> tuple[IntArray | None, SparseLayout | None]:
