@@ -104,8 +104,7 @@ class Story:
         """Train, evaluate, promote, ask, replace, roll back."""
         with self.stage("evaluate the base"):
             sums_before, phrases_before = self.evaluate(BASE, BASE)
-        handovers = f"{self.scale.grpo.num_steps} handovers to the sampler, 4 exports"
-        with self.stage(f"train both at once: {handovers}"):
+        with self.stage(f"train both ({self.scale.grpo.num_steps} handovers, 4 exports)"):
             self.train()
         with self.stage("evaluate four revisions"):
             _, phrases_early = self.evaluate(self.saved[SUMS, EARLY], self.saved[PHRASES, EARLY])
@@ -250,11 +249,11 @@ def _shown(model: str) -> str:
     return f"revision “{model.rpartition('/')[2]}”" if model.startswith("tinker://") else model
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller: under 3 minutes")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="result folder")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     # Where the output isn't a terminal, 80 columns would break the tables.
     console = Console(width=None if sys.stdout.isatty() else 100)
     try:

@@ -86,6 +86,19 @@ def test_a_claim_that_does_not_hold_ends_the_demo():
         report.claim(2 == 3, "two is three")
 
 
+def test_the_exit_code_says_whether_all_claims_held(monkeypatch, capsys, tmp_path):
+    from examples.demo import __main__ as demo
+
+    def run(scale: object, output: object, console: Console) -> None:
+        if scale is demo.FULL:
+            raise ClaimFailed("the score didn't rise")
+
+    monkeypatch.setattr(demo, "run", run)
+    assert demo.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert demo.main(["--output", str(tmp_path)]) == 1
+    assert "not so: the score didn't rise" in capsys.readouterr().out
+
+
 def test_progress_without_a_terminal_is_lines_and_a_table():
     out = io.StringIO()
     curve = Curve("acme/arithmetic", "GRPO", "reward", num_steps=6)
