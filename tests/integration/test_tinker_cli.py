@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import httpx
 import pytest
 import tinker
 
@@ -83,3 +84,12 @@ def test_session_trace(cli, saved, tmp_path):
 
 def test_billing(cli, saved):
     cli("billing", "checkpoint-storage")
+
+
+def test_a_key_can_revoke_itself(server):
+    key = server.make_key("leaver", "read")
+    url = f"{server.url}/api/v1/auth/apikey/me"
+    with httpx.Client(headers={"X-API-Key": key}) as http:
+        assert http.get(url).json()["name"] in key
+        assert http.delete(url).status_code == 204
+        assert http.get(url).status_code == 401

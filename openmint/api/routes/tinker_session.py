@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
@@ -68,6 +69,14 @@ async def current_key(caller: Caller) -> dict[str, Any]:
             "user_details": {"email": f"{caller.key_id}@{caller.tenant}"},
         },
     }
+
+
+@router.delete("/auth/apikey/me", status_code=204)
+async def revoke_current_key(caller: Caller, gateway: App) -> None:
+    """Revoke the key that was presented, as `tinker auth logout` does with a key it minted."""
+    await asyncio.to_thread(
+        gateway.catalog.revoke_key, caller.tenant, caller.key_id, actor=caller.key_id
+    )
 
 
 @router.get("/get_server_capabilities")
