@@ -27,11 +27,11 @@ class Settings:
     renderer_name: str = "role_colon"
     load_checkpoint_path: str | None = None
     lora_rank: int = 16
-    learning_rate: float = 5e-4
-    groups_per_batch: int = 16
+    learning_rate: float = 7e-4
+    groups_per_batch: int = 8
     group_size: int = 8
     max_tokens: int = 6
-    max_steps: int = 12
+    max_steps: int = 8
     rolling_save_every: int = 0
 
 

@@ -31,10 +31,10 @@ class Settings:
     lora_rank: int = 16
     learning_rate: float = 1e-3
     batch_size: int = 2
-    group_size: int = 8
+    group_size: int = 6
     max_turns: int = 2
     max_tokens: int = 8
-    max_steps: int = 8
+    max_steps: int = 4
 
 
 def config_of(settings: Settings) -> train.Config:

@@ -74,8 +74,7 @@ def supervised(recipe, tmp_path_factory) -> Run:
 
 @pytest.fixture
 def rest(server):
-    with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
-        yield service.create_rest_client()
+    return tinker.RestClient(base_url=server.url, api_key=server.admin_key)
 
 
 def mean(values: list[float]) -> float:
