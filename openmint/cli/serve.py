@@ -78,6 +78,7 @@ class Service:
             lambda: [(c.base.name, c.alive, c.stats) for c in self._workers.all()]
         )
         store = BlobStore(settings.data)
+        store.sweep_incoming()
         self._gateway: Gateway = build_gateway(settings, catalog, store, self._workers)
         self._metrics.watch_futures(self._gateway.futures.num_pending)
         self._stopping = asyncio.Event()

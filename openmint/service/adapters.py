@@ -18,6 +18,7 @@ from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Revision
 from openmint.errors import InvalidRequest
 from openmint.scheduler.work import SavedBlob
+from openmint.service.collector import Collector
 from openmint.service.workers import Workers
 from openmint.store.adapter_file import check_adapter, from_peft, to_peft
 from openmint.store.blobs import BlobStore
@@ -29,6 +30,7 @@ class Adapters:
     catalog: Catalog
     store: BlobStore
     workers: Workers
+    collector: Collector
 
     async def import_peft(
         self,
@@ -49,10 +51,11 @@ class Adapters:
         if not NAME.fullmatch(policy):
             raise InvalidRequest(f"policy {policy[:200]!r} must match {NAME.pattern}")
         base = self.workers.by_name(base_name).base if base_name else self._only_base()
-        blob = await asyncio.to_thread(self._store_peft, config, weights, base)
-        return await asyncio.to_thread(
-            self.catalog.import_revision, tenant, policy, base, blob, actor=actor
-        )
+        with self.collector.saving():
+            blob = await asyncio.to_thread(self._store_peft, config, weights, base)
+            return await asyncio.to_thread(
+                self.catalog.import_revision, tenant, policy, base, blob, actor=actor
+            )
 
     async def export_peft(self, revision: Revision) -> bytes:
         """A tar of the revision's PEFT folder; the same bytes every time.

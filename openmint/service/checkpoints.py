@@ -7,8 +7,8 @@ that order. Lives on the event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -16,9 +16,10 @@ from typing import Literal
 from openmint.catalog.address import TinkerPath
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Checkpoint, Segment
-from openmint.errors import Conflict, InvalidRequest, NotFound, OpenMintError
+from openmint.errors import Conflict, InvalidRequest, NotFound
 from openmint.scheduler.work import ExportRun, RestoreRun, SavedBlob, SaveRun
 from openmint.service import checks
+from openmint.service.collector import Collector
 from openmint.service.fingerprint import fingerprint
 from openmint.service.futures import ResultFuture
 from openmint.service.links import Links
@@ -65,12 +66,11 @@ class Checkpoints:
         sessions: Sessions,
         training: Training,
         sampling: Sampling,
+        collector: Collector,
     ) -> None:
         self._catalog, self._store, self._workers = catalog, store, workers
         self._sessions, self._training, self._sampling = sessions, training, sampling
-        self._copies: dict[tuple[Tenant, str], asyncio.Task[TinkerPath]] = {}
-        self._doomed: set[Digest] = set()
-        self._num_saving = 0
+        self._collector = collector
         self.links = Links()
         sessions.on_close(self.close_session)
 
@@ -107,7 +107,7 @@ class Checkpoints:
         path = TinkerPath(run.run_id, segment, checks.check_name(name, "path"))
 
         async def start() -> object:
-            with self._saving():
+            with self._collector.saving():
                 blob = await self._training.call(run, command)
                 assert isinstance(blob, SavedBlob)
                 await asyncio.to_thread(
@@ -146,7 +146,7 @@ class Checkpoints:
         command = ExportRun(run.run_id, run.tenant, keep_resident=True)
 
         async def start() -> object:
-            with self._saving():
+            with self._collector.saving():
                 blob = await self._training.call(run, command)
                 assert isinstance(blob, SavedBlob)
                 await asyncio.to_thread(
@@ -229,7 +229,7 @@ class Checkpoints:
             actor=actor,
         )
         if orphan is not None:
-            self._doomed.add(orphan)
+            self._collector.doom([orphan])
 
     async def set_public(
         self, tenant: Tenant, path: TinkerPath, *, public: bool, actor: str
@@ -281,25 +281,13 @@ class Checkpoints:
         self, tenant: Tenant, source_path: str, to: CopyTo, retry_key: str | None
     ) -> TinkerPath:
         """The path of a copy, which shares the source's bytes; the same for a retry."""
-        if retry_key is None:
-            return await self._copy(tenant, source_path, to)
-        key = (tenant, retry_key)
-        if key not in self._copies:
-            self._copies[key] = asyncio.create_task(self._copy(tenant, source_path, to))
-        try:
-            return await asyncio.shield(self._copies[key])
-        except OpenMintError:
-            self._copies.pop(key, None)
-            raise
-
-    async def _copy(self, tenant: Tenant, source_path: str, to: CopyTo) -> TinkerPath:
         found = self.readable(tenant, source_path)
         base = self._workers.by_digest(found.base_digest).base
         session_id, model_seq_id = to.session_id, to.model_seq_id or 0
         if session_id is None:
             session_id = await self._sessions.create(
                 tenant,
-                None,
+                retry_key,
                 user_metadata={},
                 display_name=f"copy of {found.name}",
                 project_id=to.project_id,
@@ -316,28 +304,15 @@ class Checkpoints:
 
     async def close_session(self, tenant: Tenant, session_id: SessionId) -> None:
         """Let go of the session's unnamed revisions."""
-        self._doomed.update(
+        self._collector.doom(
             await asyncio.to_thread(self._catalog.delete_ephemeral, tenant, session_id)
         )
 
-    async def collect(self) -> None:
-        """Drop expired checkpoints, and the bytes of all that is gone, unless a save is under way:
-        it may be about to refer to the same bytes."""
+    async def expire(self) -> None:
+        """Delete the checkpoints whose time has come."""
         for expired in await asyncio.to_thread(self._catalog.expired_checkpoints):
             with suppress(NotFound):  # its owner was faster
                 await self.delete(expired.tenant, path_of(expired), actor="expiry")
-        while self._doomed and not self._num_saving:
-            digest = self._doomed.pop()
-            if not self._catalog.is_referenced(digest):
-                self._store.delete(digest)
-
-    @contextmanager
-    def _saving(self) -> Iterator[None]:
-        self._num_saving += 1
-        try:
-            yield
-        finally:
-            self._num_saving -= 1
 
 
 def _restore(run_id: RunId, tenant: Tenant, found: Checkpoint, optimizer: bool) -> RestoreRun:

@@ -15,6 +15,7 @@ from openmint.config import Settings
 from openmint.errors import OpenMintError
 from openmint.service.adapters import Adapters
 from openmint.service.checkpoints import Checkpoints
+from openmint.service.collector import Collector
 from openmint.service.completions import Completions
 from openmint.service.evaluations import Evaluations
 from openmint.service.futures import Futures
@@ -39,6 +40,7 @@ class Gateway:
     settings: Settings
     catalog: Catalog
     store: BlobStore
+    collector: Collector
     workers: Workers
     futures: Futures
     sessions: Sessions
@@ -71,7 +73,8 @@ class Gateway:
         self.training.forget(self.futures.sweep(now))
         await self.training.keep_records()
         await self.sessions.keep_time(now)
-        await self.checkpoints.collect()
+        await self.checkpoints.expire()
+        self.collector.collect()
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -93,13 +96,15 @@ def build_gateway(
     sessions = Sessions(catalog, service.session_timeout_seconds)
     training = Training(catalog, workers, futures, sessions, service.seq_gap_seconds)
     sampling = Sampling(catalog, workers, futures, sessions)
-    checkpoints = Checkpoints(catalog, store, workers, sessions, training, sampling)
+    collector = Collector(catalog, store)
+    checkpoints = Checkpoints(catalog, store, workers, sessions, training, sampling, collector)
     targets = Targets(catalog, workers, sampling)
     completions = Completions(targets, TokenizerCache())
     return Gateway(
         settings,
         catalog,
         store,
+        collector,
         workers,
         futures,
         sessions,
@@ -109,6 +114,6 @@ def build_gateway(
         targets,
         completions,
         Promotion(catalog),
-        Adapters(catalog, store, workers),
+        Adapters(catalog, store, workers, collector),
         Evaluations(catalog, completions),
     )

@@ -130,10 +130,8 @@ class Sampling:
     async def add(self, sampler: Sampler) -> Sampler:
         """Register a sampler; the one that is there for the same id and content."""
         self._sessions.touch(sampler.tenant, sampler.session_id)
-        known = self._samplers.get(sampler.sampler_id)
-        if known is None:
-            self._samplers[sampler.sampler_id] = sampler
-            await asyncio.to_thread(
+        if sampler.sampler_id not in self._samplers:
+            record = await asyncio.to_thread(
                 self._catalog.add_sampler,
                 sampler.tenant,
                 sampler.sampler_id,
@@ -142,7 +140,9 @@ class Sampling:
                 revision=sampler.revision,
                 model_path=sampler.model_path,
             )
-            return sampler
+            # A retry after a restart stays with what the first attempt was bound to.
+            sampler.revision = record.revision
+        known = self._samplers.setdefault(sampler.sampler_id, sampler)
         same = (known.base.digest, known.model_path) == (sampler.base.digest, sampler.model_path)
         if not same:
             raise BodyMismatch(

@@ -7,6 +7,7 @@ catalogue, so that a session outlives a restart of the gateway.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -42,7 +43,6 @@ class Sessions:
         self._catalog = catalog
         self._timeout_seconds = timeout_seconds
         self._live: dict[SessionId, LiveSession] = {}
-        self._by_retry_key: dict[tuple[Tenant, str], SessionId] = {}
         self._close_hooks: list[CloseHook] = []
         self._started_at = self._kept_at = time.monotonic()
 
@@ -61,13 +61,11 @@ class Sessions:
         tags: tuple[str, ...],
         sdk_version: str | None = None,
     ) -> SessionId:
-        """A new session's id; the same one again for the same `retry_key`. Durable on return."""
-        known = self._by_retry_key.get((tenant, retry_key)) if retry_key else None
-        if known:
-            return known
-        session_id = SessionId(secrets.token_hex(12))
-        if retry_key:
-            self._by_retry_key[tenant, retry_key] = session_id
+        """A new session's id; the same one again for the same `retry_key`, also after a restart.
+
+        Durable on return.
+        """
+        session_id = _session_id(tenant, retry_key or secrets.token_hex(16))
         await asyncio.to_thread(
             self._catalog.add_session,
             tenant,
@@ -142,3 +140,8 @@ class Sessions:
         start = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC)
         until = start + timedelta(days=1)
         return self._catalog.audit(tenant, limit=1000, since=start, until=until)[::-1]
+
+
+def _session_id(tenant: Tenant, retry_key: str) -> SessionId:
+    """The id of the session that this call of the tenant opens, however often it is sent."""
+    return SessionId(hashlib.sha256(f"{tenant}\0{retry_key}".encode()).hexdigest()[:24])

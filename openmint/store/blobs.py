@@ -77,6 +77,11 @@ class BlobStore:
         """Remove the bytes; fine when they are gone already."""
         self._path(digest).unlink(missing_ok=True)
 
+    def sweep_incoming(self) -> None:
+        """Remove what killed writers left half written. Only for who starts alone on the folder."""
+        for leftover in self._incoming.iterdir():
+            leftover.unlink()
+
     def _path(self, digest: Digest) -> Path:
         if not DIGEST.fullmatch(digest):
             raise NotFound(f"{digest!r} is not a digest; it reads sha256: and 64 hex digits")

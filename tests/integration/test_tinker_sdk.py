@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tinker
 from tinker import types
+from tokenizers import Tokenizer
 
 PROMPT = [504, 3575, 282, 4649, 314]
 
@@ -162,13 +163,15 @@ def test_a_stop_token_ends_the_sample_and_is_in_it(client, base_model):
     assert sequence.stop_reason == "stop"
 
 
-def test_end_token_stops_beside_a_stop_string_but_not_beside_stop_ids(client, base_model):
+def test_end_token_stops_beside_a_stop_string_but_not_beside_stop_ids(
+    client, base_model, embedded_base
+):
     sampler = client.create_sampling_client(base_model=base_model).result()
-    tokenizer = sampler.get_tokenizer()
-    end = tokenizer.eos_token_id
-    chat = [{"role": "user", "content": "Reply with the word yes alone."}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    prompt = types.ModelInput.from_ints(tokenizer.encode(text + "yes"))
+    tokenizer = Tokenizer.from_file(str(embedded_base / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|im_end|>")
+    question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
+    text = question + "<|im_start|>assistant\nThe capital of France is Paris."
+    prompt = types.ModelInput.from_ints(tokenizer.encode(text).ids)
 
     def tokens(stop):
         params = types.SamplingParams(max_tokens=24, temperature=0.0, stop=stop)

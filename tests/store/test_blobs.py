@@ -112,6 +112,15 @@ def test_a_disk_that_refuses_is_a_store_failure_without_leftovers(
     assert not store.exists(digest_of(DATA))
 
 
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    digest = store.put(DATA)
+    (tmp_path / "blobs" / "incoming" / "tmp1234").write_bytes(DATA[:100])
+    store.sweep_incoming()
+    assert not list((tmp_path / "blobs" / "incoming").iterdir())
+    assert store.get(digest) == DATA
+
+
 def test_threads_may_put_the_same_bytes_at_once(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     with ThreadPoolExecutor(8) as pool:
