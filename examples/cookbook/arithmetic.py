@@ -30,7 +30,8 @@ class Settings:
     learning_rate: float = 7e-4
     groups_per_batch: int = 8
     group_size: int = 8
-    max_tokens: int = 6
+    # Room for an answer and its end: with less, hardly any first answer earns more than another.
+    max_tokens: int = 16
     max_steps: int = 8
     rolling_save_every: int = 0
 

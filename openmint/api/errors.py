@@ -61,7 +61,8 @@ def error_response(
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if path.startswith("/api/v1"):
-        content: dict[str, object] = {"detail": message, "code": code, "request_id": request_id}
+        detail = _encodable(message)
+        content: dict[str, object] = {"detail": detail, "code": code, "request_id": request_id}
         return JSONResponse(content, status, headers)
     if path.startswith("/v1"):
         envelope = _openai_envelope(status, code, message, param)
@@ -70,7 +71,7 @@ def error_response(
         "type": f"urn:openmint:error:{code}",
         "title": code.replace("_", " "),
         "status": status,
-        "detail": message,
+        "detail": _encodable(message),
         "request_id": request_id,
     }
     return JSONResponse(content, status, headers, media_type="application/problem+json")
@@ -84,7 +85,18 @@ def openai_error(error: errors.OpenMintError) -> dict[str, object]:
 
 def _openai_envelope(status: int, code: str, message: str, param: str | None) -> dict[str, object]:
     kind = "server_error" if status >= 500 else OPENAI_TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+    content = {
+        "message": _encodable(message),
+        "type": kind,
+        "code": code,
+        "param": None if param is None else _encodable(param),
+    }
+    return {"error": content}
+
+
+def _encodable(text: str) -> str:
+    """`text` with lone surrogates escaped: a refusal may quote one, and UTF-8 has none."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def request_id_of(request: Request) -> str:

@@ -7,7 +7,6 @@ headers and deeply nested JSON, answers what escaped every handler, and writes t
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import time
 from typing import Any
@@ -21,12 +20,8 @@ from openmint.errors import InvalidRequest, OpenMintError, TooLarge
 
 log = structlog.get_logger("openmint.access")
 
-MAX_JSON_DEPTH = 64
 DISCARD_SECONDS = 5.0
 """How long the rest of a refused body is read and dropped."""
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKETS = re.compile(rb"[\[\]{}]")
-_BINARY = (b"protobuf", b"multipart", b"octet-stream")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/api/v1/healthz"})
 
 
@@ -86,12 +81,7 @@ class Guard:
                 raise _body_too_large(limit)
             if not message.get("more_body"):
                 break
-        body = b"".join(parts)
-        content_type = headers.get(b"content-type", b"")
-        is_text = not any(kind in content_type for kind in _BINARY)
-        if is_text and json_depth_exceeds(body, MAX_JSON_DEPTH):
-            raise InvalidRequest(f"the JSON body nests deeper than {MAX_JSON_DEPTH} levels")
-        return body
+        return b"".join(parts)
 
 
 class Exchange:
@@ -136,18 +126,6 @@ class Exchange:
             seconds=round(time.monotonic() - self._started_at, 4),
             **self._scope["state"].get("log_fields", {}),
         )
-
-
-def json_depth_exceeds(body: bytes, limit: int) -> bool:
-    """Whether brackets outside strings nest deeper than `limit`; cheap for ordinary bodies."""
-    if body.count(b"[") + body.count(b"{") <= limit:
-        return False
-    depth = 0
-    for bracket in _BRACKETS.findall(_STRINGS.sub(b"", body)):
-        depth += 1 if bracket in b"[{" else -1
-        if depth > limit:
-            return True
-    return False
 
 
 def _body_too_large(limit: int) -> TooLarge:

@@ -12,6 +12,7 @@ from openmint.catalog.audit import AuditRecords
 from openmint.catalog.checkpoints import CheckpointRecords, SamplerRecords
 from openmint.catalog.database import Database
 from openmint.catalog.evaluations import EvaluationRecords
+from openmint.catalog.garbage import GarbageRecords
 from openmint.catalog.keys import KeyRecords, load_pepper
 from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.revisions import RevisionRecords
@@ -29,6 +30,7 @@ class Catalog(
     AliasRecords,
     EvaluationRecords,
     AuditRecords,
+    GarbageRecords,
 ):
     """All nouns of the catalogue in one handle; each base class is one of them."""
 

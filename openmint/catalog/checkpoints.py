@@ -12,11 +12,11 @@ from openmint.catalog import tables as t
 from openmint.catalog.aliases import LATEST, move_alias
 from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
+from openmint.catalog.garbage import doom
 from openmint.catalog.policies import find_policy, find_run, put_run
 from openmint.catalog.records import Checkpoint, Run, Sampler, Segment
 from openmint.catalog.revisions import (
     delete_revision_row,
-    needs_bytes,
     note_steps,
     put_revision,
 )
@@ -198,11 +198,11 @@ class CheckpointRecords:
 
     def delete_checkpoint(
         self, tenant: Tenant, run_id: RunId, segment: Segment, name: str, *, actor: str
-    ) -> Digest | None:
-        """Remove it, expired or not; gives the digest of its bytes when nothing needs them now.
+    ) -> None:
+        """Remove it, expired or not. Raises NotFound.
 
         Its revision goes too, unless it has another use: another checkpoint, an alias, a place in
-        the history of an alias but `latest`. Raises NotFound.
+        the history of an alias but `latest`.
         """
         this = _named(run_id, segment, name)
         with self._database.write() as connection:
@@ -210,12 +210,11 @@ class CheckpointRecords:
             found = one(connection, Checkpoint, CHECKPOINTS.where(owned))
             if found is None:
                 raise _not_found(segment, name)
-            connection.execute(delete(t.checkpoint).where(this))
+            _delete(connection, this)
             if segment == "sampler_weights" and not _has_other_use(connection, found):
                 delete_revision_row(connection, found.policy_id, found.digest)
             subject = f"{run_id}/{segment}/{name}"
             note_event(connection, tenant, actor, "checkpoint.delete", subject)
-            return None if needs_bytes(connection, found.digest) else found.digest
 
     def expired_checkpoints(self) -> list[Checkpoint]:
         """Every tenant's checkpoints whose time is over, some at a time, for the sweeper."""
@@ -271,7 +270,7 @@ def _put(
             f"checkpoint {segment}/{name} of run {run.run_id} exists; "
             "choose another name, delete it, or save with overwrite"
         )
-    connection.execute(delete(t.checkpoint).where(this))
+    _delete(connection, this)
     connection.execute(
         t.checkpoint.insert().values(
             run_id=run.run_id,
@@ -300,6 +299,14 @@ def _put(
         )
         move_alias(connection, policy, LATEST, blob.digest, "set", actor=run.run_id)
     return _find(connection, this, segment, name)
+
+
+def _delete(connection: Connection, this: ColumnElement[bool]) -> None:
+    """Remove the checkpoint, if it is there."""
+    digest = connection.execute(select(t.checkpoint.c.digest).where(this)).scalar()
+    if digest is not None:
+        doom(connection, digest)
+        connection.execute(delete(t.checkpoint).where(this))
 
 
 def _has_other_use(connection: Connection, gone: Checkpoint) -> bool:
@@ -360,8 +367,10 @@ class SamplerRecords:
                 )
                 known = one(connection, Sampler, query)
                 assert known is not None
-            wanted = (tenant, base.digest, model_path)
-            if (known.tenant, known.base_digest, known.model_path) != wanted:
+            # A path is bound when it is first asked for; what it names now may be something else.
+            bound = known.revision if model_path is None else revision
+            wanted = (tenant, base.digest, model_path, revision)
+            if (known.tenant, known.base_digest, known.model_path, bound) != wanted:
                 raise Conflict(f"sampling session {sampler_id} is bound to something else")
             return known
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,13 +19,13 @@ from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from openmint.errors import InvalidRequest, Overloaded, StoreFailed
 
 WRITES_PER_WAL_CHECKPOINT = 256
+WAL_SECONDS, WAL_RETRY_SECONDS = 5.0, 0.01
 PRAGMAS = (
-    "journal_mode=WAL",
     "synchronous=FULL",
     "busy_timeout=5000",
     "foreign_keys=ON",
@@ -54,6 +55,8 @@ class Database:
             raise InvalidRequest(
                 f"database_url {parsed.render_as_string()!r} is not supported; use sqlite:///path"
             )
+        with _own_errors():
+            _use_wal(url)
         self._write_lock = threading.Lock()
         self._num_writes = 0
         self._writer = _engine(url, readonly=False)
@@ -90,6 +93,29 @@ class Database:
             connection.rollback()
 
 
+def _use_wal(url: str) -> None:
+    """Have the file, which may be new, keep a write-ahead log, as it then always will.
+
+    Of two processes that switch at once one fails at once, whatever its timeout; so it tries again.
+    """
+    engine = create_engine(url, poolclass=NullPool)
+    deadline = time.monotonic() + WAL_SECONDS
+    while True:
+        try:
+            with engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            return
+        except DatabaseError as error:
+            if not _is_busy(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(WAL_RETRY_SECONDS)
+
+
+def _is_busy(error: DatabaseError) -> bool:
+    code: int = getattr(error.orig, "sqlite_errorcode", 0)
+    return code & 0xFF == sqlite3.SQLITE_BUSY  # the rest tells variants apart
+
+
 @contextmanager
 def _own_errors() -> Iterator[None]:
     """Raises InvalidRequest for text that is not Unicode and for integers above 64 bits, Overloaded
@@ -103,8 +129,7 @@ def _own_errors() -> Iterator[None]:
     except IntegrityError:
         raise
     except DatabaseError as error:
-        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the rest tells variants apart
-        if code == sqlite3.SQLITE_BUSY:
+        if _is_busy(error):
             raise Overloaded("another process is writing to the catalogue; retry") from error
         raise StoreFailed(f"the catalogue's database failed: {error.orig}") from error
 

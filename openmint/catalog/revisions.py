@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, func, select, update
@@ -11,6 +10,7 @@ from sqlalchemy import Connection, func, select, update
 from openmint.catalog import tables as t
 from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
+from openmint.catalog.garbage import doom
 from openmint.catalog.policies import find_policy, find_run
 from openmint.catalog.records import Origin, Policy, Revision, Run
 from openmint.catalog.rows import (
@@ -23,7 +23,7 @@ from openmint.catalog.rows import (
     one,
 )
 from openmint.errors import Conflict, InvalidRequest, NotFound
-from openmint.types import Digest, RunId, SessionId, Tenant
+from openmint.types import Digest, RunId, Tenant
 
 DIGEST_HEX = 71
 """Characters of a whole digest, `sha256:` included."""
@@ -116,17 +116,10 @@ def _newest_of_run(connection: Connection, run: Run) -> Digest | None:
     return connection.execute(newest).scalar()
 
 
-def needs_bytes(connection: Connection, digest: Digest) -> bool:
-    """Whether a revision or a checkpoint refers to these bytes."""
-    return any(
-        connection.execute(query.where(column == digest).limit(1)).first()
-        for query, column in _references()
-    )
-
-
 def delete_revision_row(connection: Connection, policy_id: int, digest: str) -> None:
     this = (t.revision.c.policy_id == policy_id) & (t.revision.c.digest == digest)
     connection.execute(update(t.revision).where(this).values(deleted_at=now()))
+    doom(connection, digest)
 
 
 def keep_revision(connection: Connection, policy: Policy, digest: str) -> None:
@@ -235,56 +228,22 @@ class RevisionRecords:
             note_event(connection, tenant, actor, "revision.delete", subject)
             return found
 
-    def delete_ephemeral(self, tenant: Tenant, session_id: SessionId) -> list[Digest]:
-        """Mark the ephemeral revisions of a session's runs deleted, but those that an alias names.
-
-        Returns their digests, for the collector to ask `is_referenced` about.
-        """
-        mine = (t.run.c.tenant == tenant) & (t.run.c.session_id == session_id)
+    def delete_ephemeral_of_ended(self) -> None:
+        """Mark the ephemeral revisions of ended sessions deleted, but those that an alias names."""
+        revision, alias = t.revision.c, t.alias.c
+        ended = select(t.run.c.run_id).join_from(t.run, t.session)
+        ended = ended.where(t.session.c.finished_at.is_not(None))
+        named = (
+            select(alias.name)
+            .where(alias.policy_id == revision.policy_id, alias.digest == revision.digest)
+            .exists()
+        )
+        over = select(revision.policy_id, revision.digest).where(
+            revision.ephemeral.is_(True),
+            revision.deleted_at.is_(None),
+            revision.run_id.in_(ended),
+            ~named,
+        )
         with self._database.write() as connection:
-            return _delete_ephemeral(connection, select(t.run.c.run_id).where(mine))
-
-    def delete_ephemeral_of_ended(self, ended_before: datetime) -> list[Digest]:
-        """As `delete_ephemeral`, for every session that ended before then."""
-        ended = t.session.c.finished_at < ended_before
-        runs = select(t.run.c.run_id).join_from(t.run, t.session).where(ended)
-        with self._database.write() as connection:
-            return _delete_ephemeral(connection, runs)
-
-    def is_referenced(self, digest: Digest) -> bool:
-        """Whether a revision or a checkpoint still needs these bytes."""
-        with self._database.read() as connection:
-            return needs_bytes(connection, digest)
-
-    def referenced_digests(self) -> set[Digest]:
-        """Every digest whose bytes a revision or a checkpoint needs."""
-        with self._database.read() as connection:
-            return {
-                digest
-                for query, _ in _references()
-                for digest in connection.execute(query).scalars()
-            }
-
-
-def _delete_ephemeral(connection: Connection, runs: Any) -> list[Digest]:
-    revision, alias = t.revision.c, t.alias.c
-    named = (
-        select(alias.name)
-        .where(alias.policy_id == revision.policy_id, alias.digest == revision.digest)
-        .exists()
-    )
-    doomed = select(revision.policy_id, revision.digest).where(
-        revision.ephemeral.is_(True), revision.deleted_at.is_(None), revision.run_id.in_(runs)
-    )
-    rows = connection.execute(doomed.where(~named)).all()
-    for row in rows:
-        delete_revision_row(connection, row.policy_id, row.digest)
-    return [row.digest for row in rows]
-
-
-def _references() -> tuple[tuple[Any, Any], ...]:
-    revision, checkpoint = t.revision.c.digest, t.checkpoint.c.digest
-    return (
-        (select(revision).where(t.revision.c.deleted_at.is_(None)), revision),
-        (select(checkpoint), checkpoint),
-    )
+            for row in connection.execute(over).all():
+                delete_revision_row(connection, row.policy_id, row.digest)

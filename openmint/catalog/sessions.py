@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, and_, false, or_, select, tuple_, update
 
 from openmint.catalog import tables as t
 from openmint.catalog.database import Database, now
@@ -13,6 +13,9 @@ from openmint.catalog.records import Session, SessionStatus
 from openmint.catalog.rows import MAX_LIST, SESSIONS, many, metadata, one
 from openmint.errors import Conflict, InvalidRequest, NotFound
 from openmint.types import SessionId, Tenant
+
+MAX_NAME_WORDS = 32
+"""Words of a name that one search may ask for; each is a condition of its own."""
 
 
 def find_session(connection: Connection, tenant: Tenant, session_id: SessionId) -> Session:
@@ -124,31 +127,28 @@ class SessionRecords:
         tenant: Tenant,
         *,
         session_id: str | None = None,
-        project_ids: Sequence[str] | None = None,
+        project_ids: Sequence[str | None] | None = None,
         user_metadata: Mapping[str, str] | None = None,
         display_name: str | None = None,
-        statuses: Sequence[SessionStatus] | None = None,
-        finish_reasons: Sequence[str] | None = None,
+        endings: Sequence[tuple[SessionStatus, str | None]] | None = None,
         limit: int = 50,
         before: tuple[datetime, SessionId] | None = None,
     ) -> list[Session]:
         """The sessions that match every filter, newest first.
 
-        `display_name` matches any part of the name; `before` is the (created_at, session_id) of the
-        last session of the page before.
+        `session_id` and `display_name` together are one filter that either of them passes; each
+        word of `display_name` may be any part of the name. None among `project_ids` stands for no
+        project. `endings` are (status, finish reason) pairs, reason None for any. `before` is the
+        (created_at, session_id) of the last session of the page before. Raises InvalidRequest.
         """
         column = t.session.c
         query = SESSIONS.where(column.tenant == tenant)
-        if session_id is not None:
-            query = query.where(column.session_id == session_id)
+        if named := _named(session_id, display_name):
+            query = query.where(or_(*named))
         if project_ids is not None:
-            query = query.where(column.project_id.in_(project_ids))
-        if display_name is not None:
-            query = query.where(column.display_name.icontains(display_name, autoescape=True))
-        if statuses is not None:
-            query = query.where(column.status.in_(statuses))
-        if finish_reasons is not None:
-            query = query.where(column.finish_reason.in_(finish_reasons))
+            query = query.where(_in_projects(project_ids))
+        if endings is not None:
+            query = query.where(or_(false(), *map(_ended_as, dict.fromkeys(endings))))
         for key, value in (user_metadata or {}).items():
             if '"' in key or "\\" in key:
                 raise InvalidRequest(f"metadata key {key[:80]!r} has a character not searched for")
@@ -158,6 +158,34 @@ class SessionRecords:
         query = query.order_by(column.created_at.desc(), column.session_id.desc())
         with self._database.read() as connection:
             return many(connection, Session, query.limit(min(limit, MAX_LIST)))
+
+
+def _named(session_id: str | None, display_name: str | None) -> list[ColumnElement[bool]]:
+    """What a session may be known by: its id, or all words of a name. Raises InvalidRequest."""
+    known_by: list[ColumnElement[bool]] = []
+    if session_id is not None:
+        known_by.append(t.session.c.session_id == session_id)
+    words = display_name.split() if display_name else []
+    if len(words) > MAX_NAME_WORDS:
+        raise InvalidRequest(
+            f"display_name has {len(words)} words; a search takes at most {MAX_NAME_WORDS}"
+        )
+    if words:
+        name = t.session.c.display_name
+        known_by.append(and_(*(name.icontains(word, autoescape=True) for word in words)))
+    return known_by
+
+
+def _in_projects(project_ids: Sequence[str | None]) -> ColumnElement[bool]:
+    column = t.session.c.project_id
+    named = column.in_([project_id for project_id in project_ids if project_id is not None])
+    return named | column.is_(None) if None in project_ids else named
+
+
+def _ended_as(ending: tuple[SessionStatus, str | None]) -> ColumnElement[bool]:
+    status, reason = ending
+    this = t.session.c.status == status
+    return this if reason is None else this & (t.session.c.finish_reason == reason)
 
 
 def _end(

@@ -196,6 +196,14 @@ sampler = Table(
     Column("model_path", Text),
     _required("created_at", Instant),
     UniqueConstraint("session_id", "seq_id"),
+    Index(None, "revision"),
+)
+
+doomed_blob = Table(
+    "doomed_blob",
+    METADATA,
+    # Bytes that lost a record; see catalog/garbage.py.
+    Column("digest", Text, primary_key=True),
 )
 
 alias = Table(

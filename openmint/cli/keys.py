@@ -19,7 +19,8 @@ from openmint.types import Tenant
 
 app = typer.Typer(help="API keys: who may call, as which tenant.", no_args_is_help=True)
 
-UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+MAX_TTL_DAYS = 36_500
 COLUMNS = ("key_id", "tenant", "role", "note", "created_at", "expires_at", "revoked_at")
 TenantOption = Annotated[str, typer.Option("--tenant", help="Tenant that the key acts for.")]
 
@@ -67,11 +68,14 @@ def revoke(
 
 
 def parse_ttl(text: str) -> timedelta:
-    """`90d`, `12h`, `30m` or `45s`. Leaves with exit code 2 otherwise."""
-    match = re.fullmatch(r"([1-9][0-9]{0,6})([smhd])", text)
+    """`90d`, `12h`, `30m` or `45s`, up to MAX_TTL_DAYS. Leaves with exit code 2 otherwise."""
+    match = re.fullmatch(r"([1-9][0-9]{0,99})([smhd])", text)
     if match is None:
         fail(f"--ttl {text!r} is not a number and one of s, m, h, d; for example 90d", EXIT_USAGE)
-    return timedelta(**{UNITS[match[2]]: int(match[1])})
+    seconds = int(match[1]) * UNIT_SECONDS[match[2]]
+    if seconds > MAX_TTL_DAYS * UNIT_SECONDS["d"]:
+        fail(f"--ttl {text!r} is over the limit of {MAX_TTL_DAYS}d; omit it for no end", EXIT_USAGE)
+    return timedelta(seconds=seconds)
 
 
 def _role(text: str) -> Role:

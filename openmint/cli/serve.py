@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from openmint.cli.data_folder import ADMIN_KEY_FILE, opened_catalog, sole_server
 from openmint.cli.output import console
 from openmint.cluster.process import WorkerProcess, start_worker
 from openmint.config import Settings
-from openmint.errors import EngineFailed, InvalidRequest, OpenMintError, ServiceError
+from openmint.errors import InvalidRequest, OpenMintError, ServiceError
 from openmint.models.embedded import EMBEDDED_BASE, install_client_files, resolve_base
 from openmint.observe.logs import configure_logs
 from openmint.observe.metrics import Metrics
@@ -95,8 +96,7 @@ class Service:
             self._failure = ServiceError("the HTTP service didn't start; the log says why")
         self._stopping.set()
         loader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await loader
+        await asyncio.gather(loader, return_exceptions=True)
         await asyncio.gather(*(process.stop() for process in self._processes.values()))
         if self._failure:
             raise self._failure
@@ -119,6 +119,11 @@ class Service:
             await asyncio.gather(*(self._start(base) for base in self._settings.bases))
         except OpenMintError as error:
             self._failure = error
+            server.should_exit = True
+            return
+        except Exception as error:  # a task's edge: without its bases the service is no use
+            log.error("base_not_loaded", exc_info=error)
+            self._failure = ServiceError(f"a base could not be loaded: {error}")
             server.should_exit = True
             return
         _say_ready(self._settings, self._url)
@@ -149,8 +154,8 @@ class Service:
             try:
                 await self._start(base)
                 pause_seconds = RESTART_SECONDS
-            except EngineFailed as error:
-                log.error("worker_restart_failed", base=name, error=error.message)
+            except Exception as error:  # a task's edge: whatever it was may pass
+                log.error("worker_restart_failed", base=name, exc_info=error)
                 pause_seconds = min(2 * pause_seconds, MAX_RESTART_SECONDS)
 
 
@@ -217,9 +222,14 @@ def _check_bases(settings: Settings) -> None:
     """Refuse folders that can't be bases before anything starts. Converts nothing."""
     if not settings.bases:
         raise InvalidRequest("give at least one --base")
-    for base in settings.bases:
-        if base != EMBEDDED_BASE:
-            resolve_base(base, settings.data)
+    names = [
+        base if base == EMBEDDED_BASE else resolve_base(base, settings.data).name
+        for base in settings.bases
+    ]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InvalidRequest(
+            f"two bases are called {twice[0]!r}, the name that clients ask for; rename a folder"
+        )
 
 
 @contextlib.contextmanager

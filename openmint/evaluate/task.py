@@ -46,7 +46,7 @@ class EvaluationTask:
 def task_digest(task: EvaluationTask) -> Digest:
     """The task's identity: sha256 of its canonical JSON. Any change of a task changes it."""
     text = json.dumps(encode_task(task), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return Digest("sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+    return Digest("sha256:" + hashlib.sha256(text.encode()).hexdigest())
 
 
 def encode_task(task: EvaluationTask) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _parse_item(
         return EvaluationItem(_messages(raw["messages"], where), answer)
     if not isinstance(raw["prompt"], str) or not raw["prompt"]:
         raise InvalidRequest(f"task {where}.prompt must be a text that is not empty")
-    return EvaluationItem(raw["prompt"], answer)
+    return EvaluationItem(_unicode(raw["prompt"], f"{where}.prompt"), answer)
 
 
 def _answer(value: object, where: str) -> str:
@@ -115,7 +115,7 @@ def _answer(value: object, where: str) -> str:
         return format(Decimal(str(value)), "f")
     if not isinstance(value, str) or not value:
         raise InvalidRequest(f"task {where}.answer must be a text or a number")
-    return value
+    return _unicode(value, f"{where}.answer")
 
 
 def _check_answer(answer: str, where: str, scorer: ScorerName, choices: tuple[str, ...]) -> None:
@@ -139,7 +139,7 @@ def _messages(raw: object, where: str) -> tuple[tuple[str, str], ...]:
             raise InvalidRequest(
                 f"task {where}.messages: role is one of {', '.join(ROLES)}, content is a text"
             )
-        messages.append((str(role), content))
+        messages.append((str(role), _unicode(content, f"{where}.messages")))
     return tuple(messages)
 
 
@@ -148,7 +148,16 @@ def _texts(raw: object, field: str, limit: int) -> tuple[str, ...]:
         raise InvalidRequest(f"task {field} must be a list of at most {limit} texts")
     if not all(isinstance(text, str) and text for text in raw):
         raise InvalidRequest(f"task {field} must hold texts that are not empty")
-    return tuple(raw)
+    return tuple(_unicode(text, field) for text in raw)
+
+
+def _unicode(text: str, where: str) -> str:
+    """`text`, which UTF-8 can hold: every answer that shows the task needs that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"task {where} holds a lone surrogate; send valid Unicode") from None
+    return text
 
 
 def _encode_item(item: EvaluationItem) -> dict[str, Any]:

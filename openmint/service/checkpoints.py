@@ -72,7 +72,6 @@ class Checkpoints:
         self._sessions, self._training, self._sampling = sessions, training, sampling
         self._collector = collector
         self.links = Links()
-        sessions.on_close(self.close_session)
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -220,7 +219,7 @@ class Checkpoints:
 
     async def delete(self, tenant: Tenant, path: TinkerPath, *, actor: str) -> None:
         """Delete the record; bytes that nothing else needs are collected. Raises NotFound."""
-        orphan = await asyncio.to_thread(
+        await asyncio.to_thread(
             self._catalog.delete_checkpoint,
             tenant,
             path.run_id,
@@ -228,8 +227,6 @@ class Checkpoints:
             path.name,
             actor=actor,
         )
-        if orphan is not None:
-            self._collector.doom([orphan])
 
     async def set_public(
         self, tenant: Tenant, path: TinkerPath, *, public: bool, actor: str
@@ -299,14 +296,6 @@ class Checkpoints:
         new = NewRun(tenant, session_id, model_seq_id, base, found.spec, {})
         await asyncio.to_thread(self._catalog.copy_checkpoint, found, new, to.ttl_seconds)
         return TinkerPath(new.run_id, found.segment, found.name)
-
-    # -- bytes that nothing needs -------------------------------------------------------------
-
-    async def close_session(self, tenant: Tenant, session_id: SessionId) -> None:
-        """Let go of the session's unnamed revisions."""
-        self._collector.doom(
-            await asyncio.to_thread(self._catalog.delete_ephemeral, tenant, session_id)
-        )
 
     async def expire(self) -> None:
         """Delete the checkpoints whose time has come."""

@@ -1,21 +1,20 @@
-"""Bytes that no record names any more, and when they may go. Lives on the event loop."""
+"""Deletes bytes that no record needs any more. Lives on the event loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import asyncio
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from openmint.catalog.catalog import Catalog
 from openmint.store.blobs import BlobStore
-from openmint.types import Digest
 
 
 class Collector:
-    """Deletes doomed bytes while nobody is between writing bytes and writing their record."""
+    """Follows the catalogue, but never between the writing of bytes and of their record."""
 
     def __init__(self, catalog: Catalog, store: BlobStore) -> None:
         self._catalog, self._store = catalog, store
-        self._doomed: set[Digest] = set()
         self._num_saving = 0
 
     @contextmanager
@@ -27,13 +26,14 @@ class Collector:
         finally:
             self._num_saving -= 1
 
-    def doom(self, digests: Iterable[Digest]) -> None:
-        """Have these go unless a record names them by then."""
-        self._doomed.update(digests)
-
-    def collect(self) -> None:
-        """Delete what is doomed, unless a save is under way. Never awaits, so that none begins."""
-        while self._doomed and not self._num_saving:
-            digest = self._doomed.pop()
-            if not self._catalog.is_referenced(digest):
-                self._store.delete(digest)
+    async def collect(self) -> None:
+        """Let the unnamed revisions of ended sessions go, then the bytes that nothing uses."""
+        await asyncio.to_thread(self._catalog.delete_ephemeral_of_ended)
+        if self._num_saving:
+            return
+        # No await from the question to the last deletion, so that no save begins in between.
+        unused = self._catalog.unused_blobs()
+        for digest in unused:
+            self._store.delete(digest)
+        if unused:
+            await asyncio.to_thread(self._catalog.forget_blobs, unused)

@@ -7,8 +7,10 @@ the next start. Lives on the event loop; writes run in threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -33,6 +35,8 @@ from openmint.wire.openai import Drawing
 log = structlog.get_logger(__name__)
 
 MAX_RUNNING_PER_TENANT = 4
+REWRITE_SECONDS = 1.0
+"""When a failed write of a result is tried once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,6 @@ class EvaluationRequest:
 
 @dataclass(eq=False, slots=True)
 class RunningEvaluation:
-    tenant: Tenant
     progress: Progress
     job: asyncio.Task[None]
 
@@ -59,6 +62,8 @@ class Evaluations:
     def __init__(self, catalog: Catalog, completions: Completions) -> None:
         self._catalog, self._completions = catalog, completions
         self._running: dict[int, RunningEvaluation] = {}
+        self._num_held: Counter[Tenant] = Counter()
+        """Evaluations of a tenant that run or are about to: starting one takes its time."""
 
     async def start(self, tenant: Tenant, request: EvaluationRequest) -> Evaluation:
         """A running evaluation on what `request.model` names now; its record is durable.
@@ -66,20 +71,27 @@ class Evaluations:
         Raises NotFound for the model or task, InvalidRequest, Overloaded when the tenant has too
         many running. A retry starts another evaluation.
         """
-        num_running = sum(running.tenant == tenant for running in self._running.values())
-        if num_running >= MAX_RUNNING_PER_TENANT:
+        if self._num_held[tenant] >= MAX_RUNNING_PER_TENANT:
             limit = f"{MAX_RUNNING_PER_TENANT} evaluations of a tenant run at once"
             raise Overloaded(f"{limit}; wait for one to finish", retry_after_seconds=5.0)
+        self._num_held[tenant] += 1
+        try:
+            return await self._start(tenant, request)
+        except BaseException:
+            self._num_held[tenant] -= 1
+            raise
+
+    async def _start(self, tenant: Tenant, request: EvaluationRequest) -> Evaluation:
         target = self._completions.targets.resolve(tenant, request.model)
         _own_policy(tenant, target)
-        task = self._task(tenant, request.task)
+        task = await asyncio.to_thread(self._task, tenant, request.task)
         num_items = request.num_items or len(task.items)
         if num_items > len(task.items):
             raise InvalidRequest(f"n is {num_items}; task {task.name} has {len(task.items)} items")
         record = await asyncio.to_thread(self._record, tenant, target, task, request, num_items)
         progress = Progress(num_items)
         job = asyncio.create_task(self._run(tenant, record, target, task, request, progress))
-        self._running[record.evaluation_id] = RunningEvaluation(tenant, progress, job)
+        self._running[record.evaluation_id] = RunningEvaluation(progress, job)
         return record
 
     def get(self, tenant: Tenant, evaluation_id: int) -> tuple[Evaluation, Progress | None]:
@@ -90,7 +102,7 @@ class Evaluations:
 
     async def store_task(self, tenant: Tenant, raw: object) -> TaskRecord:
         """Keep a task under its name and digest; the same task again changes nothing."""
-        return await asyncio.to_thread(self._put_task, tenant, parse_task(raw))
+        return await asyncio.to_thread(self._store_task, tenant, raw)
 
     def fail_abandoned(self) -> None:
         """Mark as failed what an earlier process left running; call it once, at the start."""
@@ -104,10 +116,16 @@ class Evaluations:
         await asyncio.gather(*jobs, return_exceptions=True)
 
     def _task(self, tenant: Tenant, given: Mapping[str, Any] | str) -> EvaluationTask:
-        """A task that is given whole, or the stored one of that name or digest."""
+        """A task that is given whole, or the stored one of that name or digest.
+
+        Not for the event loop: a large task takes seconds to parse.
+        """
         if not isinstance(given, str):
             return parse_task(given)
         return parse_task(self._catalog.task(tenant, given).body)
+
+    def _store_task(self, tenant: Tenant, raw: object) -> TaskRecord:
+        return self._put_task(tenant, parse_task(raw))
 
     def _put_task(self, tenant: Tenant, task: EvaluationTask) -> TaskRecord:
         return self._catalog.put_task(tenant, task.name, task_digest(task), encode_task(task))
@@ -171,14 +189,10 @@ class Evaluations:
             log.error("evaluation_failed", evaluation_id=evaluation_id, exc_info=error)
             await self._fail(tenant, evaluation_id, "unexpected failure; see the service's log")
         else:
-            await asyncio.to_thread(
-                self._catalog.finish_evaluation,
-                tenant,
-                evaluation_id,
-                progress.num_right,
-            )
+            await self._finish(tenant, evaluation_id, progress.num_right)
         finally:
             self._running.pop(evaluation_id, None)
+            self._num_held[tenant] -= 1
 
     async def _ask(
         self, tenant: Tenant, target: Target, model: str, item: EvaluationItem, drawing: Drawing
@@ -192,8 +206,28 @@ class Evaluations:
         choices, _ = await (await admit).whole()
         return choices[0].text
 
+    async def _finish(self, tenant: Tenant, evaluation_id: int, num_right: int) -> None:
+        finish = partial(self._catalog.finish_evaluation, tenant, evaluation_id, num_right)
+        if not await _written(finish, evaluation_id):
+            message = f"the score, {num_right} right, could not be written; see the service's log"
+            await self._fail(tenant, evaluation_id, message)
+
     async def _fail(self, tenant: Tenant, evaluation_id: int, message: str) -> None:
-        await asyncio.to_thread(self._catalog.fail_evaluation, tenant, evaluation_id, message)
+        fail = partial(self._catalog.fail_evaluation, tenant, evaluation_id, message)
+        await _written(fail, evaluation_id)
+
+
+async def _written(write: Callable[[], Evaluation], evaluation_id: int) -> bool:
+    """Whether `write` succeeded, at once or a little later; the log has every failure."""
+    for wait_seconds in (0.0, REWRITE_SECONDS):
+        await asyncio.sleep(wait_seconds)
+        try:
+            await asyncio.to_thread(write)
+        except Exception as error:
+            log.error("evaluation_not_recorded", evaluation_id=evaluation_id, exc_info=error)
+        else:
+            return True
+    return False
 
 
 def interval_95(evaluation: Evaluation) -> tuple[float, float] | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from openmint.errors import BodyMismatch, EngineFailed, NotFound, OpenMintError
+from openmint.errors import BodyMismatch, EngineFailed, Gone, NotFound, OpenMintError
 from openmint.types import Tenant
 
 log = structlog.get_logger(__name__)
@@ -57,7 +57,7 @@ class ResultFuture:
         except OpenMintError as error:
             self.fail(error)
         except asyncio.CancelledError:
-            self.fail(EngineFailed("cancelled"))
+            self.fail(Gone("given up: its client cancelled it, or its session ended"))
             raise
         except Exception as error:
             log.error("request_failed", request_id=self.request_id, kind=self.kind, exc_info=error)

@@ -74,7 +74,7 @@ class Gateway:
         await self.training.keep_records()
         await self.sessions.keep_time(now)
         await self.checkpoints.expire()
-        self.collector.collect()
+        await self.collector.collect()
 
     async def _sweep_forever(self) -> None:
         while True:

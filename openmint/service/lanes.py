@@ -17,6 +17,7 @@ from openmint.errors import Gone
 from openmint.service.futures import ResultFuture
 
 Start = Callable[[], Awaitable[object]]
+SESSION_ENDED = "the session ended before this request was sent to the worker"
 
 
 @dataclass(order=True, slots=True)
@@ -42,6 +43,7 @@ class Lane:
         self._gap_seconds = gap_seconds
         self._next_seq = first_seq
         self._refused: set[int] = set()
+        self._is_closed = False
         self._held: list[Job] = []
         self._arrivals = itertools.count()
         self._changed = asyncio.Event()
@@ -56,6 +58,9 @@ class Lane:
         With `barrier`, all before has finished when it starts, and it has finished before the next
         starts.
         """
+        if self._is_closed:
+            future.fail(Gone(SESSION_ENDED))
+            return
         order = -1 if seq is None else seq
         overdue = time.monotonic() + self._gap_seconds
         job = Job(order, next(self._arrivals), overdue, future, start, barrier)
@@ -70,10 +75,11 @@ class Lane:
 
     async def close(self) -> None:
         """Stop sending, and fail what was not sent. What was sent runs to its end."""
+        self._is_closed = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         for job in self._held:
-            job.future.fail(Gone("the session ended before this request was sent to the worker"))
+            job.future.fail(Gone(SESSION_ENDED))
         self._held.clear()
 
     async def _send_in_order(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from openmint.catalog.catalog import Catalog
-from openmint.errors import BodyMismatch, InvalidRequest, NotFound
+from openmint.errors import InvalidRequest, NotFound
 from openmint.scheduler.work import SampleResult, SampleWork
 from openmint.service import checks
 from openmint.service.feeds import Feed
@@ -53,6 +53,7 @@ class Sampler:
     """Set when later in-flight saves of that run replace `revision`."""
     num_clones: int = 0
     feeds: dict[int, Feed] = field(default_factory=dict)
+    running: set[asyncio.Task[None]] = field(default_factory=set)
 
     def feed_of(self, clone: int) -> Feed:
         return self.feeds.setdefault(clone, Feed())
@@ -128,28 +129,23 @@ class Sampling:
         return base, checkpoint.digest
 
     async def add(self, sampler: Sampler) -> Sampler:
-        """Register a sampler; the one that is there for the same id and content."""
+        """Register a sampler, durably; the one that is there for the same id and content.
+
+        Raises Conflict when the id is bound to something else.
+        """
         self._sessions.touch(sampler.tenant, sampler.session_id)
-        if sampler.sampler_id not in self._samplers:
-            record = await asyncio.to_thread(
-                self._catalog.add_sampler,
-                sampler.tenant,
-                sampler.sampler_id,
-                session_id=sampler.session_id,
-                base=sampler.base,
-                revision=sampler.revision,
-                model_path=sampler.model_path,
-            )
-            # A retry after a restart stays with what the first attempt was bound to.
-            sampler.revision = record.revision
-        known = self._samplers.setdefault(sampler.sampler_id, sampler)
-        same = (known.base.digest, known.model_path) == (sampler.base.digest, sampler.model_path)
-        if not same:
-            raise BodyMismatch(
-                f"sampling session {sampler.sampler_id} is bound to something else; "
-                "a new one needs a new sampling_session_seq_id"
-            )
-        return known
+        record = await asyncio.to_thread(
+            self._catalog.add_sampler,
+            sampler.tenant,
+            sampler.sampler_id,
+            session_id=sampler.session_id,
+            base=sampler.base,
+            revision=sampler.revision,
+            model_path=sampler.model_path,
+        )
+        # A retry stays with what the first attempt was bound to.
+        sampler.revision = record.revision
+        return self._samplers.setdefault(sampler.sampler_id, sampler)
 
     def get(self, tenant: Tenant, sampler_id: str) -> Sampler:
         """The tenant's sampler. Raises NotFound."""
@@ -160,7 +156,8 @@ class Sampling:
             sampler = Sampler(
                 sampler_id, tenant, record.session_id, base, record.revision, record.model_path
             )
-            self._samplers[sampler_id] = sampler
+            if self._sessions.record(tenant, record.session_id).finished_at is None:
+                self._samplers[sampler_id] = sampler
         if sampler.tenant != tenant:
             raise NotFound(f"no sampling session {sampler_id[:200]!r}")
         return sampler
@@ -197,6 +194,8 @@ class Sampling:
             feed.append(future.request_id, failed=future.error is not None)
 
         future.task = asyncio.create_task(run())
+        sampler.running.add(future.task)
+        future.task.add_done_callback(sampler.running.discard)
         return future
 
     async def _run(
@@ -224,6 +223,8 @@ class Sampling:
         """Forget the session's samplers; their samples in flight are given up."""
         for sampler in [s for s in self._samplers.values() if s.session_id == session_id]:
             del self._samplers[sampler.sampler_id]
+            for task in sampler.running:
+                task.cancel()
 
 
 def check_sample(request: SampleRequest, base: BaseInfo) -> None:

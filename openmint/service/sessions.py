@@ -44,6 +44,7 @@ class Sessions:
         self._timeout_seconds = timeout_seconds
         self._live: dict[SessionId, LiveSession] = {}
         self._close_hooks: list[CloseHook] = []
+        self._unreleased: list[tuple[CloseHook, Tenant, SessionId]] = []
         self._started_at = self._kept_at = time.monotonic()
 
     def on_close(self, hook: CloseHook) -> None:
@@ -100,7 +101,7 @@ class Sessions:
     ) -> None:
         """Close the session and free what it holds; once closed it stays so, and this is a no-op.
 
-        Raises NotFound.
+        Raises NotFound. What can't be freed now is tried again by `keep_time`.
         """
         if self._catalog.session(tenant, session_id).finished_at is not None:
             return
@@ -112,14 +113,26 @@ class Sessions:
     async def _release(self, tenant: Tenant, session_id: SessionId, reason: str) -> None:
         self._live.pop(session_id, None)
         for hook in self._close_hooks:
-            await hook(tenant, session_id)
+            await self._run_hook(hook, tenant, session_id)
         log.info("session_finished", session=session_id, tenant=tenant, reason=reason)
+
+    async def _run_hook(self, hook: CloseHook, tenant: Tenant, session_id: SessionId) -> None:
+        """Run one hook; a failure is logged and kept for the next sweep, so that others run."""
+        try:
+            await hook(tenant, session_id)
+        except Exception as error:
+            self._unreleased.append((hook, tenant, session_id))
+            log.error("session_release_failed", session=session_id, tenant=tenant, exc_info=error)
 
     async def keep_time(self, now_seconds: float) -> None:
         """Write down who was heard of, and close every session that was silent for too long.
 
-        It also closes what an earlier process left open, once clients had time to come back.
+        It also closes what an earlier process left open, once clients had time to come back, and
+        tries again to free what closed sessions still hold.
         """
+        unreleased, self._unreleased = self._unreleased, []
+        for hook, tenant, session_id in unreleased:
+            await self._run_hook(hook, tenant, session_id)
         heard = [s for s, live in self._live.items() if live.seen_at_seconds >= self._kept_at]
         self._kept_at = now_seconds
         for start in range(0, len(heard), IDS_PER_WRITE):
@@ -137,8 +150,10 @@ class Sessions:
 
     def audit(self, tenant: Tenant, day: date | None) -> list[AuditEvent]:
         """The tenant's audit events of one UTC day, oldest first."""
-        start = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC)
-        until = start + timedelta(days=1)
+        day = day or datetime.now(UTC).date()
+        start = datetime.combine(day, datetime.min.time(), UTC)
+        # No time comes after the last day that a date can name.
+        until = None if day == date.max else start + timedelta(days=1)
         return self._catalog.audit(tenant, limit=1000, since=start, until=until)[::-1]
 
 

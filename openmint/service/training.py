@@ -302,8 +302,8 @@ class Training:
         """Free the session's runs in the workers."""
         runs = [run for run in self._runs.values() if run.session_id == session_id]
         for run in runs:
-            del self._runs[run.run_id]
             await run.lane.close()
+            self._runs.pop(run.run_id, None)
             task = asyncio.create_task(self._drop(run))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

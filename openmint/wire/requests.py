@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from openmint.errors import InvalidRequest
 from openmint.wire.tensors import TensorJson
@@ -73,7 +73,7 @@ class SessionProject(Body):
 
 
 class SearchCursor(Body):
-    last_created_at: str
+    last_created_at: AwareDatetime
     last_session_id: Id
 
 
@@ -84,16 +84,18 @@ class SearchOwner(Body):
 
 class StatusQuery(Body):
     type: Literal["active", "cancelled", "failed", "client_finished"]
-    reasons: list[Text] | None = None
+    reasons: Annotated[list[Text], Field(max_length=8)] | None = None
 
 
 class SearchSessions(Body):
+    """Each filter has a limit, because the database reads all of them as one expression."""
+
     session_id: Id | None = None
-    project_ids: list[Text] | None = None
-    user_metadata: dict[str, str] = {}
+    project_ids: Annotated[list[Text], Field(max_length=1000)] | None = None
+    user_metadata: Annotated[dict[str, str], Field(max_length=64)] = {}
     display_name: Text | None = None
     owner: SearchOwner = SearchOwner()
-    statuses: list[StatusQuery] | None = None
+    statuses: Annotated[list[StatusQuery], Field(max_length=8)] | None = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50
     cursor: SearchCursor | None = None
 

@@ -129,12 +129,12 @@ def densify(
         raise InvalidRequest(f"{where}: a sparse tensor needs a shape of two sizes, got {shape}")
     num_rows, num_columns = shape
     rows = crow.astype(np.int64)
-    counts: IntArray = rows[1:] - rows[:-1]
+    # Neighbours are compared, not subtracted: a difference of int64 may wrap.
     fits = (
-        crow.size == num_rows + 1
-        and int(crow[0]) == 0
-        and int(crow[-1]) == values.size == col.size
-        and bool((counts >= 0).all())
+        rows.size == num_rows + 1
+        and int(rows[0]) == 0
+        and int(rows[-1]) == values.size == col.size
+        and bool((rows[1:] >= rows[:-1]).all())
     )
     if not fits:
         raise InvalidRequest(f"{where}: sparse row indices do not match {values.size} values")
@@ -142,7 +142,7 @@ def densify(
         raise InvalidRequest(f"{where}: a sparse column index lies outside 0..{num_columns - 1}")
     unfolding.spend(num_rows * num_columns, where)
     dense = np.full(shape, pad_value, dtype=values.dtype)
-    dense[np.repeat(np.arange(num_rows), counts), col] = values
+    dense[np.repeat(np.arange(num_rows), np.diff(rows)), col] = values
     return dense
 
 

@@ -26,7 +26,6 @@ def test_a_training_checkpoint_is_no_revision(catalog: Catalog) -> None:
     add_run(catalog)
     catalog.add_checkpoint(ANN, RUN, "weights", "one", blob(1, 7))
     assert catalog.revisions(ANN, "math", ephemeral=True) == []
-    assert catalog.is_referenced(digest_of(1))
     assert catalog.run(ANN, RUN).num_optim_steps == 7
 
 
@@ -73,7 +72,8 @@ def test_an_expired_checkpoint_is_as_good_as_gone(catalog: Catalog) -> None:
         catalog.set_checkpoint_ttl(ANN, RUN, "weights", "one", None)
     assert catalog.checkpoints(ANN) == ([], 0)
     assert [expired.name for expired in catalog.expired_checkpoints()] == ["one"]
-    assert catalog.delete_checkpoint(ANN, RUN, "weights", "one", actor="expiry") == digest_of(1)
+    catalog.delete_checkpoint(ANN, RUN, "weights", "one", actor="expiry")
+    assert catalog.unused_blobs() == [digest_of(1)]
     assert catalog.expired_checkpoints() == []
     catalog.add_checkpoint(ANN, RUN, "weights", "one", blob(2))
 
@@ -89,12 +89,15 @@ def test_deleting_gives_bytes_up_only_when_nothing_needs_them(catalog: Catalog) 
     for name in ("one", "two"):
         catalog.add_checkpoint(ANN, RUN, SAMPLER, name, blob(1))
     catalog.add_checkpoint(ANN, RUN, SAMPLER, "three", blob(3))
-    assert catalog.delete_checkpoint(ANN, RUN, SAMPLER, "one", actor="ann") is None
-    assert catalog.delete_checkpoint(ANN, RUN, SAMPLER, "two", actor="ann") == digest_of(1)
+    catalog.delete_checkpoint(ANN, RUN, SAMPLER, "one", actor="ann")
+    assert catalog.unused_blobs() == []
+    catalog.delete_checkpoint(ANN, RUN, SAMPLER, "two", actor="ann")
+    assert catalog.unused_blobs() == [digest_of(1)]
     with pytest.raises(NotFound):
         catalog.revision(ANN, "math", digest_of(1))
     # What `latest` names stays, though its checkpoint goes.
-    assert catalog.delete_checkpoint(ANN, RUN, SAMPLER, "three", actor="ann") is None
+    catalog.delete_checkpoint(ANN, RUN, SAMPLER, "three", actor="ann")
+    assert catalog.unused_blobs() == [digest_of(1)]
     assert catalog.resolve(ANN, "ann/math").revision.digest == digest_of(3)
     with pytest.raises(NotFound):
         catalog.delete_checkpoint(ANN, RUN, SAMPLER, "three", actor="ann")
@@ -105,7 +108,8 @@ def test_what_was_promoted_once_outlives_its_checkpoint(catalog: Catalog) -> Non
     for i in (1, 2):
         catalog.add_checkpoint(ANN, RUN, SAMPLER, f"{i}", blob(i))
         catalog.promote(ANN, "math", "prod", digest_of(i), actor="ann")
-    assert catalog.delete_checkpoint(ANN, RUN, SAMPLER, "1", actor="ann") is None
+    catalog.delete_checkpoint(ANN, RUN, SAMPLER, "1", actor="ann")
+    assert catalog.unused_blobs() == []
     assert catalog.rollback(ANN, "math", "prod", actor="ann").digest == digest_of(1)
 
 
@@ -143,8 +147,8 @@ def test_a_copy_shares_the_bytes_and_outlives_its_source(catalog: Catalog) -> No
     assert (copy.tenant, copy.digest, copy.policy_name) == (BOB, source.digest, "copy")
     assert copy.expires_at is not None
     assert catalog.copy_checkpoint(source, CopyOfRun()).digest == source.digest
-    assert catalog.delete_checkpoint(ANN, RUN, "weights", "one", actor="ann") is None
-    assert catalog.is_referenced(source.digest)
+    catalog.delete_checkpoint(ANN, RUN, "weights", "one", actor="ann")
+    assert catalog.unused_blobs() == []
     with pytest.raises(NotFound):
         catalog.copy_checkpoint(source, CopyOfRun())
 

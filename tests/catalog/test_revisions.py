@@ -1,9 +1,6 @@
-from datetime import timedelta
-
 import pytest
 
 from openmint.catalog.catalog import Catalog
-from openmint.catalog.database import now
 from openmint.errors import Conflict, InvalidRequest, NotFound
 from openmint.types import Digest
 from tests.catalog.made import ANN, BASE, BOB, SESSION, Blob, add_run, base_named, blob, digest_of
@@ -39,28 +36,34 @@ def test_a_named_save_keeps_an_ephemeral_revision(catalog: Catalog) -> None:
     assert len(catalog.revisions(ANN, "math", ephemeral=True)) == 1
     catalog.add_checkpoint(ANN, run_id, "sampler_weights", "one", blob(1))
     assert len(catalog.revisions(ANN, "math")) == 1
-    assert catalog.delete_ephemeral(ANN, SESSION) == []
+    catalog.finish_session(ANN, SESSION, reason="success")
+    catalog.delete_ephemeral_of_ended()
+    assert catalog.unused_blobs() == []
 
 
-def test_a_sessions_ephemeral_revisions_are_collected(catalog: Catalog) -> None:
+def test_ephemeral_revisions_of_ended_sessions_go_but_what_an_alias_names(
+    catalog: Catalog,
+) -> None:
     run_id = add_run(catalog)
     for i in (1, 2, 3):
         catalog.add_run_revision(ANN, run_id, blob(i), ephemeral=True)
     catalog.set_alias(ANN, "math", "kept", digest_of(2), actor="ann")
     catalog.add_run_revision(ANN, add_run(catalog, session="other"), blob(9), ephemeral=True)
-    assert catalog.delete_ephemeral(BOB, SESSION) == []
-    assert set(catalog.delete_ephemeral(ANN, SESSION)) == {digest_of(1), digest_of(3)}
-    assert catalog.referenced_digests() == {digest_of(2), digest_of(9)}
-    assert not catalog.is_referenced(digest_of(1))
-    assert catalog.is_referenced(digest_of(2))
-
-
-def test_ephemeral_revisions_of_ended_sessions_are_collected(catalog: Catalog) -> None:
-    catalog.add_run_revision(ANN, add_run(catalog), blob(1), ephemeral=True)
-    assert catalog.delete_ephemeral_of_ended(now()) == []
+    catalog.delete_ephemeral_of_ended()
+    assert catalog.unused_blobs() == []
     catalog.finish_session(ANN, SESSION, reason="success")
-    assert catalog.delete_ephemeral_of_ended(now() - timedelta(hours=1)) == []
-    assert catalog.delete_ephemeral_of_ended(now()) == [digest_of(1)]
+    catalog.delete_ephemeral_of_ended()
+    assert set(catalog.unused_blobs()) == {digest_of(1), digest_of(3)}
+    alive = catalog.revisions(ANN, "math", ephemeral=True)
+    assert {revision.digest for revision in alive} == {digest_of(2), digest_of(9)}
+
+
+def test_a_revision_saved_while_its_session_ended_goes_too(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    catalog.finish_session(ANN, SESSION, reason="interrupted")
+    catalog.add_run_revision(ANN, run_id, blob(1), ephemeral=True)
+    catalog.delete_ephemeral_of_ended()
+    assert catalog.unused_blobs() == [digest_of(1)]
 
 
 def test_a_deleted_revision_is_gone_until_its_bytes_are_saved_again(catalog: Catalog) -> None:
@@ -121,5 +124,7 @@ def test_an_ephemeral_revision_that_was_promoted_can_be_rolled_back_to(catalog: 
     second = catalog.add_run_revision(ANN, run, blob("b"), ephemeral=False)
     for revision in (first, second):
         catalog.promote(ANN, "math", "prod", revision.digest, actor="ann")
-    assert catalog.delete_ephemeral(ANN, SESSION) == []
+    catalog.finish_session(ANN, SESSION, reason="success")
+    catalog.delete_ephemeral_of_ended()
+    assert catalog.unused_blobs() == []
     assert catalog.rollback(ANN, "math", "prod", actor="ann").digest == first.digest

@@ -88,12 +88,78 @@ def test_search_joins_its_filters(catalog: Catalog) -> None:
     assert found(display_name="0% d") == ["x"]
     assert found(user_metadata=metadata) == ["x"]
     assert found(user_metadata={"team": "other"}) == []
-    assert found(statuses=["finished", "expired"]) == ["y"]
-    assert found(finish_reasons=["errored"]) == []
+    assert found(endings=[("finished", None), ("expired", None)]) == ["y"]
+    assert found(endings=[("finished", "errored")]) == []
     assert found(project_ids=["p"], display_name="demo") == ["y"]
     assert found(session_id="x") == ["x"]
     with pytest.raises(InvalidRequest):
         found(user_metadata={'"': "x"})
+
+
+def test_a_search_by_id_and_name_finds_what_either_finds(catalog: Catalog) -> None:
+    for session_id, name in (("x", "alpha"), ("y", "beta"), ("z", "gamma")):
+        catalog.add_session(ANN, SessionId(session_id), display_name=name)
+
+    def found(display_name: str) -> list[str]:
+        sessions = catalog.search_sessions(ANN, session_id="x", display_name=display_name)
+        return [session.session_id for session in sessions]
+
+    assert found("beta") == ["y", "x"]
+    assert found("nothing") == ["x"]
+    assert found(" ") == ["x"]
+
+
+def test_each_word_of_a_searched_name_may_be_anywhere_in_it(catalog: Catalog) -> None:
+    catalog.add_session(ANN, SessionId("x"), display_name="Math run with large batch")
+    catalog.add_session(ANN, SessionId("y"), display_name="math, small batch")
+
+    def found(display_name: str) -> list[str]:
+        sessions = catalog.search_sessions(ANN, display_name=display_name)
+        return [session.session_id for session in sessions]
+
+    assert found("batch math") == ["y", "x"]
+    assert found("LARGE  math") == ["x"]
+    assert found("math missing") == []
+    with pytest.raises(InvalidRequest, match="32"):
+        found("word " * 1200)
+
+
+def test_no_project_is_searched_for_as_none(catalog: Catalog) -> None:
+    for session_id, project in (("x", None), ("y", "default"), ("z", "p")):
+        catalog.add_session(ANN, SessionId(session_id), project_id=project)
+
+    def found(*project_ids: str | None) -> list[str]:
+        sessions = catalog.search_sessions(ANN, project_ids=project_ids)
+        return [session.session_id for session in sessions]
+
+    assert found("default", None) == ["y", "x"]
+    assert found("p") == ["z"]
+    assert found("p", None) == ["z", "x"]
+    assert found() == []
+
+
+def test_a_session_passes_when_it_ended_in_any_of_the_ways(catalog: Catalog) -> None:
+    for session_id in ("x", "y", "z"):
+        catalog.add_session(ANN, SessionId(session_id))
+    catalog.finish_session(ANN, SessionId("x"), reason="errored")
+    catalog.finish_session(ANN, SessionId("y"), reason="success")
+    found = catalog.search_sessions(ANN, endings=[("open", None), ("finished", "errored")])
+    assert [session.session_id for session in found] == ["z", "x"]
+    assert catalog.search_sessions(ANN, endings=[]) == []
+
+
+def test_a_search_at_every_limit_of_the_wire_is_answered(catalog: Catalog) -> None:
+    metadata = {f"key {i}": "value" for i in range(64)}
+    catalog.add_session(ANN, SESSION, user_metadata=metadata, display_name="a", project_id="p0")
+    found = catalog.search_sessions(
+        ANN,
+        session_id="another",
+        display_name="a " * 32,
+        user_metadata=metadata,
+        project_ids=[f"p{i}" for i in range(1000)],
+        endings=[("open", None), *(("finished", f"reason {i}") for i in range(127))],
+    )
+    assert [session.session_id for session in found] == [SESSION]
 
 
 def test_a_session_moves_to_a_project(catalog: Catalog) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import stat
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+import typer
+
 from openmint.cli.data_folder import write_admin_key
+from openmint.cli.keys import parse_ttl
 from tests.servers import run_cli, run_cli_json
 
 
@@ -44,6 +49,21 @@ def test_exit_codes_tell_usage_from_not_found(tmp_path: Path) -> None:
     run_cli("keys", "revoke", "nothing", *data, "--tenant", "acme", "--yes", code=3)
     elsewhere = tmp_path / "none"
     assert "openmint.db" in run_cli("keys", "list", "--data", str(elsewhere), code=2).stderr
+
+
+@pytest.mark.parametrize("ttl", ["36501d", "9999999d", "9999999999s", "9" * 90 + "d"])
+def test_a_lifetime_over_the_limit_is_refused_with_the_limit(
+    ttl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as left:
+        parse_ttl(ttl)
+    assert left.value.exit_code == 2
+    assert "36500d" in capsys.readouterr().err
+
+
+def test_the_longest_lifetime_is_accepted() -> None:
+    assert parse_ttl("36500d") == timedelta(days=36_500)
+    assert parse_ttl("90m") == timedelta(minutes=90)
 
 
 def test_a_piped_table_is_plain_tab_separated_text(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -102,6 +103,16 @@ def test_an_open_address_without_keys_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_base_is_refused_at_once(tmp_path: Path) -> None:
     failed = run_cli("serve", "--base", str(tmp_path), "--data", str(tmp_path / "d"), code=2)
     assert "local Hugging Face folder" in failed.stderr
+
+
+def test_two_bases_of_one_name_are_refused_at_once(tiny_base: TinyBase, tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    twin = tmp_path / "elsewhere" / base.name
+    shutil.copytree(base, twin)
+    for other in (base, twin):
+        both = ("--base", str(base), "--base", str(other))
+        failed = run_cli("serve", *both, "--data", str(tmp_path / "d"), code=2)
+        assert base.name in failed.stderr
 
 
 def test_a_base_that_does_not_load_ends_the_server(tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def test_the_digest_follows_the_content_alone() -> None:
         ({"scorer": "choice", "choices": ["A"]}, "one of the task's choices"),
         ({"scorer": "regex", "items": [{"prompt": "x", "answer": "(a+)+"}]}, "repeat"),
         ({"stop": [""]}, "stop"),
+        ({"name": "\ud800"}, "name"),
+        ({"stop": ["\ud800"]}, "stop holds a lone surrogate"),
+        ({"scorer": "choice", "choices": ["\ud800"]}, "choices holds a lone surrogate"),
+        ({"items": [{"prompt": "\ud800", "answer": "1"}]}, r"items\[0\].prompt holds a lone"),
+        ({"items": [{"prompt": "x", "answer": "1\ud800"}]}, r"items\[0\].answer holds a lone"),
+        (
+            {"items": [{"messages": [{"role": "user", "content": "\ud800"}], "answer": "1"}]},
+            r"items\[0\].messages holds a lone",
+        ),
     ],
 )
 def test_bad_tasks_are_refused_by_name(changes: dict[str, Any], complaint: str) -> None:

@@ -130,7 +130,8 @@ def test_distillation_brings_the_student_closer_to_its_teacher(recipe, supervise
 def test_reinforcement_on_sums_raises_the_reward(recipe, tmp_path):
     run = recipe("arithmetic", tmp_path / "log")
     rewards = run.metric("env/all/reward/total")
-    assert mean(rewards[-2:]) > mean(rewards[:2]) + 0.04
+    # Three runs without a seed rose by 0.12, 0.18 and 0.29: some learn to end, some to add.
+    assert mean(rewards[-3:]) > mean(rewards[:2]) + 0.05
     # The trainer's view of the sampled tokens is the sampler's.
     assert max(map(abs, run.metric("optim/kl_sample_train_v1"))) < 0.01
 

@@ -1,5 +1,8 @@
 """The unmodified Tinker SDK against a running server: the whole path of a training user."""
 
+import time
+
+import httpx
 import numpy as np
 import pytest
 import tinker
@@ -161,6 +164,31 @@ def test_a_stop_token_ends_the_sample_and_is_in_it(client, base_model):
     sequence = sampler.sample(prompt, 1, stopped).result().sequences[0]
     assert sequence.tokens == tokens[: tokens.index(tokens[2]) + 1]
     assert sequence.stop_reason == "stop"
+
+
+def test_a_session_that_ends_gives_its_samples_up(server, base_model):
+    http = httpx.Client(base_url=server.url, headers={"X-API-Key": server.admin_key})
+    service = tinker.ServiceClient(base_url=server.url, api_key=server.admin_key)
+    sampler = service.create_sampling_client(base_model=base_model).result()
+    endless = types.SamplingParams(max_tokens=8000, temperature=1.0, stop=[])
+    pending = sampler.sample(types.ModelInput.from_ints(PROMPT), 2, endless)
+
+    def num_running():
+        (base,) = http.get("/catalog/v1/stats").json()["bases"]
+        return base["num_running_sequences"]
+
+    wait_until(lambda: num_running() == 2)
+    service.close("interrupted")
+    wait_until(lambda: num_running() == 0)
+    with pytest.raises(tinker.RequestFailedError, match="session ended"):
+        pending.result()
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 15
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_end_token_stops_beside_a_stop_string_but_not_beside_stop_ids(

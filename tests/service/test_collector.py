@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from openmint.catalog.catalog import Catalog
 from openmint.service.collector import Collector
 from openmint.store.blobs import BlobStore
-from tests.catalog.made import ANN, Blob, add_run
+from tests.catalog.made import ANN, RUN, Blob, add_run
 
 ORPHAN, NAMED = b"orphan", b"named"
 
@@ -22,16 +23,21 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
     catalog.close()
 
 
-def test_doomed_bytes_go_unless_a_record_names_them(catalog: Catalog, tmp_path: Path) -> None:
+def delete(catalog: Catalog, name: str) -> None:
+    catalog.delete_checkpoint(ANN, RUN, "weights", name, actor="ann")
+
+
+def test_doomed_bytes_go_and_others_stay(catalog: Catalog, tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     orphan, named = store.put(ORPHAN), store.put(NAMED)
     run_id = add_run(catalog)
-    catalog.add_checkpoint(ANN, run_id, "sampler_weights", "kept", Blob(named))
-    collector = Collector(catalog, store)
-    collector.doom([orphan, named])
-    collector.collect()
+    catalog.add_checkpoint(ANN, run_id, "weights", "gone", Blob(orphan))
+    catalog.add_checkpoint(ANN, run_id, "weights", "kept", Blob(named))
+    delete(catalog, "gone")
+    asyncio.run(Collector(catalog, store).collect())
     assert not store.exists(orphan)
     assert store.get(named) == NAMED
+    assert catalog.unused_blobs() == []
 
 
 def test_nothing_is_collected_between_bytes_and_their_record(
@@ -39,11 +45,12 @@ def test_nothing_is_collected_between_bytes_and_their_record(
 ) -> None:
     store = BlobStore(tmp_path)
     collector = Collector(catalog, store)
-    collector.doom([store.put(ORPHAN)])
     run_id = add_run(catalog)
+    catalog.add_checkpoint(ANN, run_id, "weights", "gone", Blob(store.put(ORPHAN)))
+    delete(catalog, "gone")
     with collector.saving():
-        digest = store.put(ORPHAN)  # found in place, as equal bytes are there already
-        collector.collect()
-        catalog.add_checkpoint(ANN, run_id, "sampler_weights", "again", Blob(digest))
-    collector.collect()
+        digest = store.put(ORPHAN)  # found in place, as equal bytes are there still
+        asyncio.run(collector.collect())
+        catalog.add_checkpoint(ANN, run_id, "weights", "again", Blob(digest))
+    asyncio.run(collector.collect())
     assert store.get(digest) == ORPHAN

@@ -108,3 +108,14 @@ def test_closing_fails_what_was_not_sent():
         assert isinstance(held.error, Gone)
 
     run(scenario())
+
+
+def test_what_comes_after_the_end_is_refused_and_not_kept():
+    async def scenario():
+        sender = Sender()
+        await sender.lane.close()
+        late = sender.submit(1)
+        assert isinstance(late.error, Gone)
+        assert sender.started == []
+
+    run(scenario())

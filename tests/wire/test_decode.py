@@ -106,6 +106,15 @@ def test_sparse_memory_bomb_is_refused_before_it_is_allocated():
         decode.train_request(body, decode.PROTOBUF).content()
 
 
+def test_row_indices_whose_differences_wrap_are_refused():
+    """Unchecked, numpy would write where they point: 2^63 - 1 to -2 is 'three rows on' in int64."""
+    crow = np.array([0, 2**63 - 1, -2, 1], dtype="<i8").tobytes()
+    csr = {"values": bytes(8), "crow_indices": crow, "col_indices": bytes(8)}
+    body = proto_body(sparse_csr=csr, dtype=2, shape=[3, 4])
+    with pytest.raises(InvalidRequest, match="row indices"):
+        decode.train_request(body, decode.PROTOBUF).content()
+
+
 def test_zstd_body_unfolds_up_to_the_limit():
     packed = zstandard.compress(b"x" * 1000)
     assert decode.decompress(packed, "zstd", 1000) == b"x" * 1000

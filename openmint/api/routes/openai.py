@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import structlog
 from fastapi import APIRouter, Request
@@ -27,6 +28,8 @@ log = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 CLIENT_GONE_STATUS = 499
+HEADER_SAFE = "/:@+,="
+"""What stays readable in a header besides letters, digits and . _ - ~; the rest is %-encoded."""
 Render = Callable[..., wire.Json]
 
 
@@ -80,7 +83,7 @@ async def completions(request: Request, caller: Caller, gateway: App) -> Respons
 async def _respond(request: Request, answer: Answer, form: Form) -> Response:
     answer_id, created = f"{form.id_prefix}-{secrets.token_hex(12)}", int(time.time())
     headers = {
-        "X-OpenMint-Base": answer.ran.base,
+        "X-OpenMint-Base": quote(answer.ran.base, safe=HEADER_SAFE),
         "X-OpenMint-Revision": answer.ran.revision or "base",
     }
     try:

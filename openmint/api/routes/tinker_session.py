@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import date, datetime
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -23,6 +23,9 @@ router = APIRouter(prefix="/api/v1")
 Scope = Literal["owned", "accessible"]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=1 << 40)]
+
+DEFAULT_PROJECT = "default"
+"""How a session without a project is shown, and searched for."""
 
 CLIENT_CONFIG = {
     "parallel_fwdbwd_chunks": False,
@@ -128,18 +131,16 @@ async def session_heartbeat(request: Request, caller: Caller, gateway: App) -> d
 async def search_sessions(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """The tenant's sessions that match, newest first."""
     body = await read(request, requests.SearchSessions)
-    statuses, finish_reasons = _statuses(body.statuses)
     before = None
     if body.cursor:
-        before = (_moment(body.cursor.last_created_at), SessionId(body.cursor.last_session_id))
+        before = (body.cursor.last_created_at, SessionId(body.cursor.last_session_id))
     found = gateway.catalog.search_sessions(
         caller.tenant,
         session_id=body.session_id,
-        project_ids=body.project_ids,
+        project_ids=_projects(body.project_ids),
         user_metadata=body.user_metadata,
         display_name=body.display_name,
-        statuses=statuses,
-        finish_reasons=finish_reasons,
+        endings=_endings(body.statuses),
         limit=body.limit,
         before=before,
     )
@@ -153,28 +154,31 @@ async def search_sessions(request: Request, caller: Caller, gateway: App) -> dic
     return {"sessions": [_summary(gateway, s) for s in found], "next_cursor": cursor}
 
 
-def _statuses(
+def _projects(names: list[str] | None) -> list[str | None] | None:
+    """The projects to search, with None for sessions that are in none and shown as `default`."""
+    if names is None:
+        return None
+    return [*names, None] if DEFAULT_PROJECT in names else [*names]
+
+
+def _endings(
     queries: list[requests.StatusQuery] | None,
-) -> tuple[list[SessionStatus] | None, list[str] | None]:
-    """Our statuses and finish reasons for the wire's. No session here is cancelled or failed."""
+) -> list[tuple[SessionStatus, str | None]] | None:
+    """Our status and finish reason, None for any, for each of the wire's status queries.
+
+    No session here is cancelled or failed.
+    """
     if queries is None:
-        return None, None
-    statuses: list[SessionStatus] = []
-    reasons: list[str] = []
+        return None
+    endings: list[tuple[SessionStatus, str | None]] = []
     for query in queries:
         if query.type == "active":
-            statuses.append("open")
+            endings.append(("open", None))
         elif query.type == "client_finished":
-            statuses.extend(("finished", "expired"))
-            reasons.extend(query.reasons or ())
-    return statuses, reasons or None
-
-
-def _moment(text: str) -> datetime:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidRequest(f"cursor/last_created_at {text[:80]!r} is not a time") from None
+            reasons = query.reasons or (None,)
+            endings.extend(("finished", reason) for reason in reasons)
+            endings.extend(("expired", reason) for reason in reasons)
+    return endings
 
 
 def _summary(gateway: Gateway, session: Session) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def _summary(gateway: Gateway, session: Session) -> dict[str, Any]:
         "session_id": session.session_id,
         "created_at": session.created_at.isoformat(),
         "owner": session.tenant,
-        "project_id": session.project_id or "default",
+        "project_id": session.project_id or DEFAULT_PROJECT,
         "status": status,
         "checkpoints_count": count,
         "checkpoint_storage_bytes": size_bytes,

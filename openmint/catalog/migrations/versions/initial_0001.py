@@ -220,6 +220,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("sampler_id", name="pk_sampler"),
         sa.UniqueConstraint("session_id", "seq_id", name="uq_sampler_session_id_seq_id"),
     )
+    op.create_index("ix_sampler_revision", "sampler", ["revision"], unique=False)
+    op.create_table(
+        "doomed_blob",
+        sa.Column("digest", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("digest", name="pk_doomed_blob"),
+    )
     op.create_table(
         "checkpoint",
         sa.Column("run_id", sa.Text(), nullable=False),
