@@ -63,7 +63,7 @@ class Settings:
     model_name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     renderer_name: str = "role_colon"
     lora_rank: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     groups_per_batch: int = 8
     group_size: int = 4
     max_tokens: int = 12

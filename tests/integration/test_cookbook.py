@@ -120,10 +120,9 @@ def test_preference_optimisation_widens_the_margin(recipe, tmp_path):
 
 def test_distillation_brings_the_student_closer_to_its_teacher(recipe, supervised, tmp_path):
     teacher = supervised.checkpoint("final")["sampler_path"]
-    run = recipe(
-        "distillation", tmp_path / "log", teacher_checkpoint=teacher, max_steps=6, group_size=3
-    )
+    run = recipe("distillation", tmp_path / "log", teacher_checkpoint=teacher)
     kl = run.metric("teacher_kl")
+    # Three runs without a seed fell to 0.42, 0.44 and 0.57 of where they began.
     assert mean(kl[-2:]) < 0.8 * mean(kl[:2])
 
 
