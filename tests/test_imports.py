@@ -32,9 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": {"engine", "models", "observe", "scheduler", "store"},
     "scheduler": {"residency"},
     "residency": set(),
-    "engine": {"layers", "losses", "models", "store"},
+    "engine": {"kernels", "layers", "losses", "models", "store"},
     "models": {"layers"},
-    "layers": set(),
+    "layers": {"kernels"},
+    "kernels": set(),
     "losses": set(),
 }
 """Which rooms a room may import besides itself. `cli` joins all and is imported by none."""
@@ -55,6 +56,7 @@ FOREIGN_TO: dict[str, set[str]] = {
     "engine": {"sqlalchemy", "fastapi", "starlette"},
     "models": {"sqlalchemy", "fastapi", "starlette"},
     "layers": {"sqlalchemy", "fastapi"},
+    "kernels": {"sqlalchemy", "fastapi", "transformers"},
     "losses": {"sqlalchemy", "fastapi", "transformers"},
 }
 """Libraries that a room must not name anywhere, not even inside a function."""

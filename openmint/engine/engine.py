@@ -8,8 +8,9 @@ from openmint.config import WorkerConfig
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
 from openmint.engine.runs import Runs, RunSnapshot
 from openmint.engine.sample_step import Sampler
-from openmint.engine.train_step import OpenTrain, train_micro_batch
+from openmint.engine.train_step import OpenTrain, Trainer
 from openmint.errors import InvalidRequest, NonFinite
+from openmint.kernels.compile import compile_kernels
 from openmint.layers.adapters import AdapterWeights
 from openmint.layers.attention import KVCache
 from openmint.models.model import Model
@@ -30,8 +31,10 @@ class Engine:
 
     def __init__(self, model: Model, base: BaseInfo, config: WorkerConfig) -> None:
         self.base = base
-        self.dtype = model.head.weight_OI.dtype
-        self._model = model
+        self.dtype = model.head.weight.dtype
+        if base.device == "cpu":
+            compile_kernels(self.dtype)
+        self._trainer = Trainer(model)
         self.runs = Runs(base, self.dtype, config.training_bytes)
         self._slots: dict[Digest, AdapterWeights] = {}
         self._open: dict[int, OpenTrain] = {}
@@ -107,13 +110,11 @@ class Engine:
         forward_only: bool,
     ) -> None:
         """Make ready for the micro-batches of a work. Raises NotFound for an unknown run."""
-        run = self.runs[run_id]
-        grads_P = None if forward_only else torch.zeros_like(run.grads_P)
-        self._open[work_id] = OpenTrain(run, data, loss, forward_only, grads_P)
+        self._open[work_id] = OpenTrain(self.runs[run_id], data, loss, forward_only)
 
     def train(self, micro_batch: MicroBatch) -> None:
         items = [(self._open[item.work_id], item.datum_index) for item in micro_batch.items]
-        train_micro_batch(self._model, items)
+        self._trainer.run(items)
 
     def close_train(self, work_id: int) -> tuple[tuple[FloatArray, ...], dict[str, float]]:
         """The work's log-probabilities and metrics; its gradient joins the run's, if finite.
@@ -121,16 +122,17 @@ class Engine:
         Raises NonFinite for a gradient with NaN or infinities; the run is as before the work.
         """
         work = self._open.pop(work_id)
-        if work.grads_P is not None:
-            if not bool(torch.isfinite(work.grads_P).all()):
+        loss_sum, grads_P = sum(work.losses), work.gradient()
+        if grads_P is not None:
+            if not bool(torch.isfinite(grads_P).all()):
                 raise NonFinite(
                     f"loss {work.loss.name} gave a gradient with NaN or infinite values (loss "
-                    f"{work.loss_sum}); this forward_backward was left out, the run is unharmed. "
+                    f"{loss_sum}); this forward_backward was left out, the run is unharmed. "
                     "Check the data's logprobs, advantages and weights"
                 )
-            work.run.add_gradient(work.grads_P)
+            work.run.add_gradient(grads_P)
         logprobs = tuple(row for row in work.logprobs if row is not None)
-        metrics = {"loss:sum": work.loss_sum, "num_tokens:sum": float(work.num_tokens)}
+        metrics = {"loss:sum": loss_sum, "num_tokens:sum": float(work.num_tokens)}
         return logprobs, metrics
 
     def abandon_train(self, work_id: int) -> None:

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from openmint.engine.plan import Chunk, ChunkOutcome, Draw, PromptScored, SampleBatch
+from openmint.kernels import logprobs
 from openmint.layers.adapters import AdapterBatch, AdapterStack, AdapterWeights
 from openmint.layers.attention import (
     KVCache,
     PagedAttention,
     PagedGroup,
+    Sight,
     length_buckets,
-    score_mask,
 )
 from openmint.models.model import Batch, Model
-from openmint.types import AnyArray, Digest, IntArray, TopLogprobs
+from openmint.types import AnyArray, Digest, FloatArray, IntArray, TopLogprobs
 
 SCORE_ROWS = 256
 """Prompt rows whose logits exist at once."""
@@ -34,7 +35,7 @@ class Sampler:
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model, self._cache = model, cache
-        self._device = model.head.weight_OI.device
+        self._device = model.head.weight.device
         self._stack = AdapterStack([])
 
     @torch.inference_mode()
@@ -109,14 +110,8 @@ class Sampler:
             used = chunk.pages[:num_pages]
             pages_SP[i, : len(used)] = used
         at_SL = starts_S[:, None] + np.minimum(steps_L, lengths_S[:, None] - 1)
-        keys_K = np.arange(num_pages * page_tokens)
-        sees_SLK = keys_K <= at_SL[:, :, None]
-        if self._model.window is not None:
-            sees_SLK &= keys_K > at_SL[:, :, None] - self._model.window
-        query, real, pages, sees = map(self._to, (query_SL, real_SL, pages_SP, sees_SLK))
-        shared = self._model.num_heads // self._model.cache_shape.num_kv_heads
-        mask_S1QK = score_mask(sees, shared, self._cache.keys.dtype)
-        return PagedGroup(query, real, pages, mask_S1QK)
+        query, real, pages = map(self._to, (query_SL, real_SL, pages_SP))
+        return PagedGroup(query, real, pages, Sight(at_SL, self._model.window, self._device))
 
     def _draw(
         self, chunks: Sequence[Chunk], hidden_TD: Tensor, last_S: IntArray, slot_S: IntArray
@@ -125,12 +120,13 @@ class Sampler:
         drawing = [i for i, chunk in enumerate(chunks) if chunk.draw is not None]
         if not drawing:
             return {}
-        logprobs_RV = self._logprobs(hidden_TD[self._to(last_S[drawing])], slot_S[drawing])
+        logits_RV = self._logits(hidden_TD[self._to(last_S[drawing])], slot_S[drawing])
         draws = [draw for chunk in chunks if (draw := chunk.draw) is not None]
-        tokens_R = choose_tokens(logprobs_RV, draws)
-        chosen_R = logprobs_RV.gather(1, tokens_R[:, None]).squeeze(1).cpu().numpy()
+        norms_R = logprobs.norms(logits_RV)
+        tokens_R = choose_tokens(logits_RV, draws)
+        chosen_R = _logprobs_of(logits_RV, norms_R, tokens_R[:, None])[:, 0]
         width = max(draw.num_top_logprobs for draw in draws)
-        tops = _top(logprobs_RV, width) if width else None
+        tops = _top(logits_RV, norms_R, width) if width else None
         drawn = {}
         for row, i in enumerate(drawing):
             num_top = draws[row].num_top_logprobs
@@ -147,66 +143,58 @@ class Sampler:
         for start in range(0, len(scores.next_tokens_N), SCORE_ROWS):
             rows = slice(start, min(start + SCORE_ROWS, len(scores.next_tokens_N)))
             slot_R = np.full(rows.stop - rows.start, slot)
-            logprobs_RV = self._logprobs(hidden_ND[rows], slot_R)
-            next_R1 = self._to(scores.next_tokens_N[rows])[:, None]
-            own = logprobs_RV.gather(1, next_R1).squeeze(1).cpu().numpy()
-            top = _top(logprobs_RV, scores.num_top) if scores.num_top else None
+            logits_RV = self._logits(hidden_ND[rows], slot_R)
+            norms_R = logprobs.norms(logits_RV)
+            own_R = _logprobs_of(logits_RV, norms_R, scores.next_tokens_N[rows, None])[:, 0]
+            top = _top(logits_RV, norms_R, scores.num_top) if scores.num_top else None
             candidates = None
             if scores.candidates_NK is not None:
-                wanted_RK = self._to(scores.candidates_NK[rows])
-                found_RK = logprobs_RV.gather(1, wanted_RK.clamp(min=0))
-                candidates = found_RK.masked_fill(wanted_RK < 0, float("nan")).cpu().numpy()
+                wanted_RK = scores.candidates_NK[rows]
+                found_RK = _logprobs_of(logits_RV, norms_R, np.maximum(wanted_RK, 0))
+                candidates = np.where(wanted_RK < 0, np.float32(np.nan), found_RK)
             place = chunk.start + scores.first_row + rows.start
-            drawn = draw_alternatives(logprobs_RV, scores.alternatives, place)
-            parts.append(PromptScored(own, top, candidates, drawn))
+            drawn = draw_alternatives(logits_RV, norms_R, scores.alternatives, place)
+            parts.append(PromptScored(own_R, top, candidates, drawn))
         return join_scores(parts)
 
-    def _logprobs(self, hidden_RD: Tensor, slot_R: IntArray) -> Tensor:
-        logits_RV = self._model.head(hidden_RD, self._adapters(slot_R))
-        return torch.log_softmax(logits_RV.float(), dim=-1)
+    def _logits(self, hidden_RD: Tensor, slot_R: IntArray) -> Tensor:
+        head = self._model.head
+        return head.forward(hidden_RD, head.delta(self._adapters(slot_R)))[0]
 
     def _to(self, array: AnyArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
 def draw_alternatives(
-    logprobs_RV: Tensor, alternatives: Sequence[Draw], place: int
+    logits_RV: Tensor, norms_R: FloatArray, alternatives: Sequence[Draw], place: int
 ) -> TopLogprobs | None:
     """One token per row and wanted draw; row 0 stands at `place` in the prompt."""
     if not alternatives:
         return None
     columns = []
     for wanted in alternatives:
-        rows = range(len(logprobs_RV))
+        rows = range(len(logits_RV))
         draws = [replace(wanted, position=wanted.position + place + row) for row in rows]
-        columns.append(choose_tokens(logprobs_RV, draws))
-    tokens_RK = torch.stack(columns, dim=1)
-    return TopLogprobs(tokens_RK.cpu().numpy(), logprobs_RV.gather(1, tokens_RK).cpu().numpy())
+        columns.append(choose_tokens(logits_RV, draws))
+    tokens_RK = np.stack(columns, axis=1)
+    return TopLogprobs(tokens_RK, _logprobs_of(logits_RV, norms_R, tokens_RK))
 
 
-def choose_tokens(logprobs_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
+def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> IntArray:
     """The token that each row's settings draw.
 
     The row's uniform number depends on its seed and position alone, so a sequence draws the same
     tokens whatever it is batched with.
     """
-    tokens_R = logprobs_RV.argmax(dim=-1)
-    warm = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
-    if not warm:
-        return tokens_R
-    device = logprobs_RV.device
-    heat_W = torch.tensor([draws[row].temperature for row in warm], device=device)
-    scaled_WV = logprobs_RV[warm] / heat_W[:, None]
-    picky = [i for i, row in enumerate(warm) if draws[row].top_k > 0 or draws[row].top_p < 1.0]
-    for i in picky:
-        draw = draws[warm[i]]
-        scaled_WV[i] = truncate(scaled_WV[i], draw.top_k, draw.top_p)
-    cumulative_WV = scaled_WV.softmax(dim=-1).cumsum(dim=-1)
-    uniform = [uniform_at(draws[row].seed, draws[row].position) for row in warm]
-    uniform_W = torch.tensor(uniform, dtype=torch.float32, device=device)
-    threshold_W1 = (uniform_W * cumulative_WV[:, -1])[:, None]
-    drawn_W = torch.searchsorted(cumulative_WV, threshold_W1, right=True).squeeze(1)
-    tokens_R[warm] = drawn_W.clamp(max=logprobs_RV.shape[1] - 1)
+    heat_R = np.array([draw.temperature for draw in draws], np.float32)
+    uniform_R = np.array([uniform_at(draw.seed, draw.position) for draw in draws], np.float32)
+    tokens_R = logprobs.draw(logits_RV, heat_R, uniform_R)
+    for row, draw in enumerate(draws):
+        if draw.temperature > 0.0 and (draw.top_k > 0 or draw.top_p < 1.0):
+            warm_V = logits_RV[row].float() / draw.temperature
+            few_1V = truncate(warm_V, draw.top_k, draw.top_p)[None]
+            this = slice(row, row + 1)
+            tokens_R[this] = logprobs.draw(few_1V, np.ones(1, np.float32), uniform_R[this])
     return tokens_R
 
 
@@ -251,9 +239,16 @@ def join_tops(tops: Sequence[TopLogprobs]) -> TopLogprobs:
     return TopLogprobs(ids_NK, np.concatenate([top.logprobs_NK for top in tops]))
 
 
-def _top(logprobs_RV: Tensor, k: int) -> TopLogprobs:
-    best = logprobs_RV.topk(k, dim=-1)
-    return TopLogprobs(best.indices.cpu().numpy(), best.values.cpu().numpy())
+def _logprobs_of(logits_RV: Tensor, norms_R: FloatArray, tokens_RK: IntArray) -> FloatArray:
+    tokens = torch.from_numpy(tokens_RK).to(logits_RV.device)
+    found: FloatArray = logits_RV.gather(1, tokens).float().cpu().numpy()
+    return found - norms_R[:, None]
+
+
+def _top(logits_RV: Tensor, norms_R: FloatArray, k: int) -> TopLogprobs:
+    best = logits_RV.topk(k, dim=-1)
+    values_RK: FloatArray = best.values.float().cpu().numpy()
+    return TopLogprobs(best.indices.cpu().numpy(), values_RK - norms_R[:, None])
 
 
 def _narrow(top: TopLogprobs, rows: slice, k: int) -> TopLogprobs:

@@ -1,4 +1,4 @@
-"""Forward and backward of one packed micro-batch over many policies.
+"""Forward and backward of packed micro-batches over many policies, in one or several lanes.
 
 Shapes: T packed tokens, N tokens of one datum, K target candidates, D hidden, V vocabulary,
 C rows of a head chunk, P adapter parameters.
@@ -11,22 +11,27 @@ while they are at hand. That works because every loss is a sum of per-token term
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openmint.engine.runs import Run
+from openmint.kernels import logprobs
 from openmint.layers.adapters import AdapterBatch, AdapterStack, GradientSink
 from openmint.layers.attention import PackedAttention
 from openmint.losses.functions import LOSS_FUNCTIONS
 from openmint.losses.spec import LOSSES
 from openmint.models.model import Batch, Model
-from openmint.types import AnyArray, Datum, FloatArray, LossSpec
+from openmint.types import AnyArray, Datum, FloatArray, IntArray, LossSpec
 
 HEAD_ROWS = 128
-"""Rows whose logits exist at once: 128 x 49,152 fp32 values are 25 MB."""
+"""Rows whose logits exist at once: 128 x 49,152 bf16 values are 13 MB."""
+LANE_TOKENS = 64
+"""Fewer tokens than this are not worth a lane of their own."""
 
 
 @dataclass
@@ -37,128 +42,201 @@ class OpenTrain:
     data: tuple[Datum, ...]
     loss: LossSpec
     forward_only: bool
-    grads_P: Tensor | None
-    """The work's own gradient; added to the run's when all of it is done, or dropped whole."""
     logprobs: list[FloatArray | None] = field(init=False)
-    loss_sum: float = 0.0
-    num_tokens: int = 0
+    losses: list[float] = field(init=False)
+    _grads: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.logprobs = [None] * len(self.data)
+        self.losses = [0.0] * len(self.data)
 
     @property
     def config(self) -> dict[str, float]:
         return {**LOSSES[self.loss.name].config, **self.loss.config}
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have run."""
+        pairs = zip(self.data, self.logprobs, strict=True)
+        return sum(len(datum.tokens_N) for datum, done in pairs if done is not None)
 
-def train_micro_batch(model: Model, items: Sequence[tuple[OpenTrain, int]]) -> None:
-    """Run these data; their log-probabilities, losses and gradients are left in their works.
+    def lane_gradient(self, lane: int) -> Tensor:
+        """Where that lane adds its share of the work's gradient; nobody else does."""
+        if lane not in self._grads:
+            self._grads[lane] = torch.zeros_like(self.run.grads_P)
+        return self._grads[lane]
 
-    Data of one work, and works of one run, must stand together.
-    """
-    works = list(dict.fromkeys(id(work) for work, _ in items))
-    by_id = {id(work): work for work, _ in items}
-    needs_grad = not all(by_id[key].forward_only for key in works)
-    device = model.head.weight_OI.device
-    adapters, lengths = _adapters(items, device), [len(w.data[i].tokens_N) for w, i in items]
-    tokens_T = np.concatenate([w.data[i].tokens_N for w, i in items])
-    positions_T = np.concatenate([np.arange(length) for length in lengths])
-    batch = Batch(PackedAttention(lengths, device, model.window), adapters)
-    with torch.set_grad_enabled(needs_grad):
-        hidden_TD = model.forward(_to(tokens_T, device), _to(positions_T, device), batch)
-    grad_TD = torch.zeros_like(hidden_TD) if needs_grad else None
-    start = 0
-    for key in works:
-        work = by_id[key]
-        own = [i for w, i in items if w is work]
-        stop = start + sum(len(work.data[i].tokens_N) for i in own)
-        grad = None if grad_TD is None or work.forward_only else grad_TD[start:stop]
-        _head(model, work, own, hidden_TD.detach()[start:stop], grad)
-        start = stop
-    if needs_grad:
-        hidden_TD.backward(grad_TD)
+    def gradient(self) -> Tensor | None:
+        """The work's own gradient, lanes in order; added to the run's, or dropped whole."""
+        if self.forward_only:
+            return None
+        lanes = [self._grads[lane] for lane in sorted(self._grads)]
+        total_P = lanes[0] if lanes else torch.zeros_like(self.run.grads_P)
+        for grads_P in lanes[1:]:
+            total_P += grads_P
+        return total_P
 
 
-def _adapters(items: Sequence[tuple[OpenTrain, int]], device: torch.device) -> AdapterBatch:
-    """One slot per work, so that each work's gradient lands in its own vector."""
-    works = list({id(work): work for work, _ in items}.values())
-    stack = AdapterStack([work.run.weights for work in works])
-    # A forward-only work shares the batch; its zero gradient needs a place to go.
-    sinks = [
-        work.grads_P if work.grads_P is not None else torch.zeros_like(work.run.grads_P)
-        for work in works
-    ]
-    slot_of = {id(work): slot for slot, work in enumerate(works)}
-    slot_T = np.concatenate([np.full(len(w.data[i].tokens_N), slot_of[id(w)]) for w, i in items])
-    return AdapterBatch(stack, _to(slot_T, device), GradientSink(stack, sinks))
+Item = tuple[OpenTrain, int]
+"""One datum of a work."""
 
 
-def _head(
-    model: Model, work: OpenTrain, own: list[int], hidden_TD: Tensor, grad_TD: Tensor | None
-) -> None:
-    """Log-probabilities and loss of one work's rows; writes dL/dhidden into `grad_TD`."""
-    data = [work.data[i] for i in own]
-    inputs = _stack_inputs(data, hidden_TD.device)
-    targets_TK = inputs.pop("target_tokens").long()
-    stack = AdapterStack([work.run.weights])
-    slot_T = torch.zeros(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
-    sink = GradientSink(stack, [work.grads_P]) if work.grads_P is not None else None
-    chunks = []
-    for start in range(0, len(hidden_TD), HEAD_ROWS):
-        rows = slice(start, start + HEAD_ROWS)
-        adapters = AdapterBatch(stack, slot_T[rows], sink)
-        chunk_inputs = {name: value[rows] for name, value in inputs.items()}
-        grad_CD = None if grad_TD is None else grad_TD[rows]
-        chunks.append(
-            _head_chunk(
-                model, work, adapters, hidden_TD[rows], targets_TK[rows], chunk_inputs, grad_CD
-            )
+class Trainer:
+    """Runs micro-batches. On CPUs each is cut into lanes, one thread each: a lane's tensors fit its
+    core's cache, and no operation waits for the other core."""
+
+    def __init__(self, model: Model) -> None:
+        device = model.head.weight.device
+        num_lanes = torch.get_num_threads() if device.type == "cpu" else 1
+        self._lanes = [TrainLane(model, lane) for lane in range(num_lanes)]
+        self._pool = ThreadPoolExecutor(
+            num_lanes, "train-lane", initializer=torch.set_num_threads, initargs=(1,)
         )
-    _scatter_logprobs(work, own, torch.cat(chunks).cpu().numpy())
+
+    def run(self, items: Sequence[Item]) -> None:
+        """Run these data; log-probabilities, losses and gradients are left in their works.
+
+        Data of one work, and works of one run, must stand together.
+        """
+        parts = split_by_tokens(items, len(self._lanes))
+        if len(parts) == 1:
+            self._lanes[0].run(parts[0])
+            return
+        running = [
+            self._pool.submit(lane.run, part)
+            for lane, part in zip(self._lanes[: len(parts)], parts, strict=True)
+        ]
+        for future in running:
+            future.exception()  # all must have ended before any failure is told
+        for future in running:
+            future.result()
 
 
-def _head_chunk(
-    model: Model,
-    work: OpenTrain,
-    adapters: AdapterBatch,
-    hidden_CD: Tensor,
-    targets_CK: Tensor,
-    inputs: dict[str, Tensor],
-    grad_CD: Tensor | None,
-) -> Tensor:
-    """Target log-probabilities of a chunk; its loss and gradients go where they belong."""
-    deltas = model.head.deltas(adapters)
-    logits_CV, head_hidden = model.head.forward(hidden_CD, deltas)
-    all_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
-    logprobs_CK = all_CV.gather(1, targets_CK).requires_grad_()
-    loss_CK = LOSS_FUNCTIONS[work.loss.name](logprobs_CK, inputs, work.config)
-    work.loss_sum += float(loss_CK.detach().double().sum())
-    if grad_CD is None:
-        return logprobs_CK.detach()
-    (slope_CK,) = torch.autograd.grad(loss_CK.sum(), logprobs_CK)
-    rows = slope_CK.ne(0).any(dim=1).nonzero().squeeze(1)
-    if len(rows):
-        # d lp_k / d logits = onehot(target_k) - softmax
-        slope_RK = slope_CK[rows]
-        grad_RV = (all_CV if len(rows) == len(all_CV) else all_CV[rows]).exp_()
-        grad_RV.mul_(-slope_RK.sum(1, keepdim=True))
-        grad_RV.scatter_add_(1, targets_CK[rows], slope_RK)
-        grad_RV = grad_RV.to(hidden_CD.dtype)
-        few = [h_CR[rows] for h_CR in head_hidden]
-        grad_CD[rows] = model.head.backward(grad_RV, hidden_CD[rows], few, deltas, adapters)
-    return logprobs_CK.detach()
+def split_by_tokens(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
+    """Consecutive parts of about equal tokens, none of them tiny."""
+    ends = np.cumsum([len(work.data[i].tokens_N) for work, i in items])
+    num_parts = int(max(1, min(num_parts, ends[-1] // LANE_TOKENS)))
+    wanted = ends[-1] * np.arange(1, num_parts) / num_parts
+    cuts = [0, *(int(np.abs(ends - level).argmin()) + 1 for level in wanted), len(items)]
+    return [items[a:b] for a, b in pairwise(cuts) if a < b]
 
 
-def _stack_inputs(data: Sequence[Datum], device: torch.device) -> dict[str, Tensor]:
+class TrainLane:
+    """One thread's share of a micro-batch."""
+
+    def __init__(self, model: Model, lane: int) -> None:
+        self._model, self._lane = model, lane
+        self._device = model.head.weight.device
+        self._stack = AdapterStack([])
+
+    def run(self, items: Sequence[Item]) -> None:
+        """Forward and, unless all is forward-only, backward of one packed batch."""
+        works = list({id(work): work for work, _ in items}.values())
+        lengths = [len(work.data[i].tokens_N) for work, i in items]
+        tokens_T = np.concatenate([work.data[i].tokens_N for work, i in items])
+        positions_T = np.concatenate([np.arange(length) for length in lengths])
+        adapters = self._adapters(works, items, lengths)
+        batch = Batch(PackedAttention(lengths, self._device, self._model.window), adapters)
+        needs_grad = not all(work.forward_only for work in works)
+        with torch.set_grad_enabled(needs_grad):
+            hidden_TD = self._model.forward(self._to(tokens_T), self._to(positions_T), batch)
+        grad_TD = torch.zeros_like(hidden_TD) if needs_grad else None
+        start = 0
+        for work in works:
+            own = [i for w, i in items if w is work]
+            stop = start + sum(len(work.data[i].tokens_N) for i in own)
+            grad = None if grad_TD is None or work.forward_only else grad_TD[start:stop]
+            self._head(work, own, hidden_TD.detach()[start:stop], grad)
+            start = stop
+        if needs_grad:
+            hidden_TD.backward(grad_TD)
+
+    def _adapters(
+        self, works: Sequence[OpenTrain], items: Sequence[Item], lengths: Sequence[int]
+    ) -> AdapterBatch:
+        """One slot per work, so that each work's gradient lands in its own vector."""
+        if self._stack.adapters != tuple(work.run.weights for work in works):
+            self._stack = AdapterStack([work.run.weights for work in works])
+        slot_of = {id(work): slot for slot, work in enumerate(works)}
+        slot_T = np.repeat([slot_of[id(work)] for work, _ in items], lengths)
+        # A forward-only work shares the batch; its zero gradient needs a place to go.
+        sinks = [work.lane_gradient(self._lane) for work in works]
+        return AdapterBatch(self._stack, self._to(slot_T), GradientSink(self._stack, sinks))
+
+    def _head(
+        self, work: OpenTrain, own: list[int], hidden_TD: Tensor, grad_TD: Tensor | None
+    ) -> None:
+        """Log-probabilities and loss of one work's rows; writes dL/dhidden into `grad_TD`."""
+        inputs = _stack_inputs([work.data[i] for i in own])
+        targets_TK = inputs.pop("target_tokens").astype(np.int64)
+        stack = AdapterStack([work.run.weights])
+        slot_T = torch.zeros(len(hidden_TD), dtype=torch.int64, device=self._device)
+        sink = GradientSink(stack, [work.lane_gradient(self._lane)])
+        logprobs_TK = np.empty(targets_TK.shape, np.float32)
+        losses_T = torch.empty(len(targets_TK), dtype=torch.float64)
+        for start in range(0, len(hidden_TD), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            adapters = AdapterBatch(stack, slot_T[rows], sink)
+            chunk = HeadChunk(
+                hidden_TD[rows],
+                targets_TK[rows],
+                {name: torch.from_numpy(value[rows]) for name, value in inputs.items()},
+                None if grad_TD is None else grad_TD[rows],
+            )
+            logprobs_TK[rows], losses_T[rows] = head_chunk(self._model, work, adapters, chunk)
+        _hand_out(work, own, logprobs_TK, losses_T)
+
+    def _to(self, array: AnyArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadChunk:
+    """Rows whose logits are at hand together; `grad_CD` takes dL/dhidden, None when not wanted."""
+
+    hidden_CD: Tensor
+    targets_CK: IntArray
+    inputs: dict[str, Tensor]
+    grad_CD: Tensor | None
+
+
+def head_chunk(
+    model: Model, work: OpenTrain, adapters: AdapterBatch, chunk: HeadChunk
+) -> tuple[FloatArray, Tensor]:
+    """Target log-probabilities `[C, K]` and losses `[C]`; gradients go where they belong."""
+    head, targets_CK = model.head, chunk.targets_CK
+    delta = head.delta(adapters)
+    logits_CV, head_hidden_CR = head.forward(chunk.hidden_CD, delta)
+    norms_C = logprobs.norms(logits_CV)
+    chosen_CK = logits_CV.gather(1, torch.from_numpy(targets_CK).to(logits_CV.device))
+    logprobs_CK = chosen_CK.float().cpu() - torch.from_numpy(norms_C)[:, None]
+    logprobs_CK.requires_grad_()
+    loss_CK = LOSS_FUNCTIONS[work.loss.name](logprobs_CK, chunk.inputs, work.config)
+    losses_C = loss_CK.detach().double().sum(1)
+    if chunk.grad_CD is not None:
+        (slope_CK,) = torch.autograd.grad(loss_CK.sum(), logprobs_CK)
+        rows = slope_CK.ne(0).any(dim=1).nonzero().squeeze(1)
+        if len(rows):
+            slopes = (norms_C, rows.numpy(), targets_CK, slope_CK.numpy())
+            grad_RV = logprobs.gradient_(logits_CV, *slopes)
+            rows = rows.to(logits_CV.device)
+            few = None if head_hidden_CR is None else head_hidden_CR[rows]
+            hidden_RD = chunk.hidden_CD[rows]
+            chunk.grad_CD[rows] = head.backward(grad_RV, hidden_RD, few, delta, adapters)
+    return logprobs_CK.detach().numpy(), losses_C
+
+
+def _stack_inputs(data: Sequence[Datum]) -> dict[str, AnyArray]:
     """Loss inputs of all rows, `(T, K)`; narrower data are padded with zero weight."""
     width = max(
         datum.inputs["target_tokens"].reshape(len(datum.tokens_N), -1).shape[1] for datum in data
     )
-    stacked: dict[str, Tensor] = {}
-    for name in data[0].inputs:
-        columns = [_columns(datum.inputs[name], len(datum.tokens_N), width) for datum in data]
-        stacked[name] = _to(np.concatenate(columns), device)
-    return stacked
+    return {
+        name: np.concatenate(
+            [_columns(datum.inputs[name], len(datum.tokens_N), width) for datum in data]
+        )
+        for name in data[0].inputs
+    }
 
 
 def _columns(value: AnyArray, num_tokens: int, width: int) -> AnyArray:
@@ -168,17 +246,13 @@ def _columns(value: AnyArray, num_tokens: int, width: int) -> AnyArray:
     return np.pad(value, ((0, 0), (0, width - value.shape[1])))
 
 
-def _scatter_logprobs(work: OpenTrain, own: list[int], logprobs_TK: FloatArray) -> None:
+def _hand_out(work: OpenTrain, own: list[int], logprobs_TK: FloatArray, losses_T: Tensor) -> None:
+    """Give each datum its rows, in the shape of its targets."""
     start = 0
     for i in own:
         shape = work.data[i].inputs["target_tokens"].shape
-        num_tokens = len(work.data[i].tokens_N)
+        rows = slice(start, start + len(work.data[i].tokens_N))
         width = shape[1] if len(shape) == 2 else 1
-        rows = logprobs_TK[start : start + num_tokens, :width]
-        work.logprobs[i] = rows.reshape(shape).astype(np.float32)
-        work.num_tokens += num_tokens
-        start += num_tokens
-
-
-def _to(array: AnyArray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        work.logprobs[i] = logprobs_TK[rows, :width].reshape(shape)
+        work.losses[i] = float(losses_T[rows].sum())
+        start = rows.stop

@@ -4,11 +4,12 @@ Shapes: T tokens, I in, O out, R adapter rows (the ranks of all adapters of the 
 P parameters of one adapter, S slots.
 
 An adapter is one flat vector; A and B of every target are views into it. B is kept transposed, so
-that the rows of both belong to one adapter and adapters of any rank stack by concatenation. A batch
-then needs two GEMMs per target however many adapters it holds: `h_TR = x_TI @ A_RI.T`, zero where
-row r isn't the token's own adapter, `y_TO += h_TR @ B_RO`. The same zeros keep each adapter's
-gradient its own: `dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O); a GPU kernel that skips the
-zero blocks (SGMV, arXiv:2310.18547) can stand in for `LoraDelta` behind the same interface.
+that the rows of both belong to one adapter and adapters of any rank stack by concatenation. Targets
+that share an input, such as q, k and v, share one product with their stacked A's, then each has one
+with its B's, however many adapters there are: `h_TR = x_TI @ A_RI.T`, zero where row r isn't the
+token's own adapter, `y_TO += h_TR @ B_RO`. The same zeros keep each adapter's gradient its own:
+`dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O); a GPU kernel that skips the zero blocks (SGMV,
+arXiv:2310.18547) can stand in for `LoraDelta` behind the same interface.
 """
 
 from __future__ import annotations
@@ -65,12 +66,25 @@ class AdapterWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraDelta:
-    """What the adapters of a batch add to one target: `y_TO += scale * select(x_TI @ A.T) @ B`."""
+class StackedTargets:
+    """Targets with one input over all adapters that have them: every target's rows in slot order,
+    target after target in `a_RI`, and one B for each."""
 
-    path: str
     a_RI: Tensor
-    b_RO: Tensor
+    bs_RO: tuple[Tensor, ...]
+
+    def rows(self, target: int) -> slice:
+        """Where a target's rows stand in `a_RI`, and in the hidden values that it gives."""
+        num_rows = self.bs_RO[target].shape[0]
+        return slice(target * num_rows, (target + 1) * num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraDelta:
+    """What the adapters of a batch add to targets with one input:
+    `y_TO += scale * select(x_TI @ A.T) @ B`."""
+
+    stacked: StackedTargets
     own_TR: Tensor | None
     """True where row r belongs to token t's adapter; None when one adapter serves every token."""
     scale_R: Tensor | float
@@ -87,29 +101,34 @@ class AdapterStack:
 
     def __init__(self, adapters: Sequence[AdapterWeights]) -> None:
         self.adapters = tuple(adapters)
-        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
+        self._stacked: dict[tuple[str, ...], StackedTargets] = {}
 
     def members(self, group: TargetGroup) -> list[int]:
         """Slots whose adapter has targets in `group`."""
         return [i for i, adapter in enumerate(self.adapters) if group in adapter.spec.groups]
 
-    def rows(self, path: str) -> tuple[Tensor, Tensor]:
-        """`(A_RI, B_RO)` of one target over all slots that have it, in slot order."""
-        if path not in self._rows:
-            own = [adapter.views[path] for adapter in self.adapters if path in adapter.views]
-            a_RI = own[0][0] if len(own) == 1 else torch.cat([a for a, _ in own])
-            b_RO = own[0][1] if len(own) == 1 else torch.cat([b for _, b in own])
-            self._rows[path] = (a_RI, b_RO)
-        return self._rows[path]
+    def stacked(self, paths: tuple[str, ...]) -> StackedTargets:
+        """The targets over all slots that have them; they belong to one group."""
+        if paths not in self._stacked:
+            having = [a for a in self.adapters if paths[0] in a.views]
+            views = [[adapter.views[path] for adapter in having] for path in paths]
+            a_RI = _joined([a_RI for target in views for a_RI, _ in target])
+            bs_RO = tuple(_joined([b_RO for _, b_RO in target]) for target in views)
+            self._stacked[paths] = StackedTargets(a_RI, bs_RO)
+        return self._stacked[paths]
 
     def row_ranges(self, group: TargetGroup) -> list[tuple[int, int, int]]:
-        """`(slot, start, stop)` of each member's rows."""
+        """`(slot, start, stop)` of each member's rows within a target's."""
         ranges, start = [], 0
         for slot in self.members(group):
             stop = start + self.adapters[slot].spec.rank
             ranges.append((slot, start, stop))
             start = stop
         return ranges
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class GradientSink:
@@ -121,6 +140,7 @@ class GradientSink:
         self._views = [adapter.layout.views(grad_P) for adapter, grad_P in pairs]
 
     def add(self, group: TargetGroup, path: str, grad_a_RI: Tensor, grad_b_RO: Tensor) -> None:
+        """Add one target's gradients, all slots' rows in order."""
         for slot, start, stop in self._stack.row_ranges(group):
             a_RI, b_RO = self._views[slot][path]
             a_RI += grad_a_RI[start:stop]
@@ -136,31 +156,31 @@ class AdapterBatch:
         self.stack = stack
         self.sink = sink
         self._slot_T = slot_T
-        self._selectors: dict[TargetGroup, tuple[Tensor | None, Tensor | float] | None] = {}
+        self._selectors: dict[tuple[TargetGroup, int], tuple[Tensor | None, Tensor | float]] = {}
 
-    def delta(self, group: TargetGroup, path: str) -> LoraDelta | None:
-        """The update of one target, or None when no adapter of the batch has it."""
-        if group not in self._selectors:
-            self._selectors[group] = self._select(group)
-        if (selector := self._selectors[group]) is None:
+    def delta(self, group: TargetGroup, paths: tuple[str, ...]) -> LoraDelta | None:
+        """The update of targets with one input, or None when no adapter of the batch has them."""
+        if not self.stack.members(group):
             return None
-        a_RI, b_RO = self.stack.rows(path)
-        return LoraDelta(path, a_RI, b_RO, *selector)
+        key = (group, len(paths))
+        if key not in self._selectors:
+            self._selectors[key] = self._select(*key)
+        return LoraDelta(self.stack.stacked(paths), *self._selectors[key])
 
     @cached_property
     def _is_uniform(self) -> bool:
         return len(self.stack.adapters) == 1 and bool((self._slot_T == 0).all())
 
-    def _select(self, group: TargetGroup) -> tuple[Tensor | None, Tensor | float] | None:
+    def _select(self, group: TargetGroup, num_targets: int) -> tuple[Tensor | None, Tensor | float]:
+        """Which rows are whose, and their scales, for rows that repeat once per target."""
         members = self.stack.members(group)
-        if not members:
-            return None
         specs = [self.stack.adapters[slot].spec for slot in members]
         if self._is_uniform:
             return None, specs[0].scaling
         device = self._slot_T.device
-        pairs = zip(members, specs, strict=True)
+        pairs = list(zip(members, specs, strict=True))
         slot_R = torch.tensor([slot for slot, spec in pairs for _ in range(spec.rank)])
         scale_R = torch.tensor([spec.scaling for spec in specs for _ in range(spec.rank)])
-        own_TR = self._slot_T[:, None] == slot_R.to(device)[None, :]
-        return own_TR, scale_R.to(device, self.stack.adapters[0].flat_P.dtype)
+        slot_R, scale_R = (rows_R.repeat(num_targets).to(device) for rows_R in (slot_R, scale_R))
+        own_TR = self._slot_T[:, None] == slot_R[None, :]
+        return own_TR, scale_R.to(self.stack.adapters[0].flat_P.dtype)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from openmint.kernels import norm
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, in x's dtype."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight_D.shape, weight_D, eps)
-    normed = F.rms_norm(x.float(), weight_D.shape, None, eps)
-    return normed.to(x.dtype) * weight_D
+    if x.device.type == "cpu":
+        normed: Tensor = norm.FusedRMSNorm.apply(x, weight_D, eps)
+        return normed
+    return norm.reference(x, weight_D, eps)

@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv:2104.09864) in the half-split layout of Hugging Face weights.
 
-Shapes: T tokens, H heads, D head size, N positions.
+Shapes: T tokens, W values of all heads, D head size, N positions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from openmint.errors import InvalidRequest
+from openmint.kernels import rotary
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 
@@ -35,12 +36,19 @@ class Rotary:
         self.sin_ND = (angle_ND.sin() * scale).to(device)
 
     def at(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`(cos_T1D, sin_T1D)` for a batch; shared by all its layers and heads."""
-        cos, sin = self.cos_ND[positions_T], self.sin_ND[positions_T]
-        return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
+        """`(cos_TD, sin_TD)` for a batch; shared by all its layers and heads."""
+        return self.cos_ND[positions_T].to(dtype), self.sin_ND[positions_T].to(dtype)
 
 
-def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """Each head of each token turned by its position's angles."""
-    left, right = x_THD.chunk(2, dim=-1)
-    return x_THD * cos_T1D + torch.cat((-right, left), dim=-1) * sin_T1D
+def rotate(
+    heads_TW: Tensor, cos_TD: Tensor, sin_TD: Tensor, num_rotated: int
+) -> tuple[Tensor, Tensor]:
+    """The first heads of each row turned by its position's angles, and the other heads as they are:
+    `([T, num_rotated, D], [T, rest, D])`."""
+    width = cos_TD.shape[1]
+    if heads_TW.device.type == "cpu":
+        call = (heads_TW, cos_TD, sin_TD, num_rotated)
+        turned, rest = rotary.FusedRotary.apply(*call)
+        return turned.unflatten(1, (num_rotated, width)), rest.unflatten(1, (-1, width))
+    turned = rotary.reference(heads_TW, cos_TD, sin_TD, num_rotated)
+    return turned, heads_TW.unflatten(1, (-1, width))[:, num_rotated:]

@@ -17,6 +17,7 @@ from openmint.errors import InvalidRequest
 from openmint.layers.linear import LoraLinear
 from openmint.layers.norm import rms_norm
 from openmint.layers.rotary import Rotary, rotate
+from openmint.layers.swiglu import silu_gate
 from openmint.models.model import Batch, CacheShape
 from openmint.models.weights import Weights
 from openmint.types import TargetGroup, TargetModule
@@ -37,6 +38,7 @@ class DenseLayer:
         self.index = index
         self.eps = config.rms_norm_eps
         self.head_dim = _head_dim(config)
+        self.num_heads = (config.num_attention_heads, config.num_key_value_heads)
 
         def linear(group: TargetGroup, *paths: str) -> LoraLinear:
             names = [f"{prefix}.{path}" for path in paths]
@@ -52,24 +54,27 @@ class DenseLayer:
         self.q_norm_D = weights.get(f"{prefix}.self_attn.q_norm.weight")
         self.k_norm_D = weights.get(f"{prefix}.self_attn.k_norm.weight")
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x_TD: Tensor, cos_TD: Tensor, sin_TD: Tensor, batch: Batch) -> Tensor:
         normed_TD = rms_norm(x_TD, self.input_norm_D, self.eps)
-        x_TD = x_TD + self._attention(normed_TD, cos, sin, batch)
+        x_TD = x_TD + self._attention(normed_TD, cos_TD, sin_TD, batch)
         gate_up = self.gate_up(rms_norm(x_TD, self.mlp_norm_D, self.eps), batch.adapters)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return x_TD + self.down(F.silu(gate) * up, batch.adapters)
+        return x_TD + self.down(silu_gate(gate_up), batch.adapters)
 
-    def _attention(self, x_TD: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+    def _attention(self, x_TD: Tensor, cos_TD: Tensor, sin_TD: Tensor, batch: Batch) -> Tensor:
+        heads_TW = self._normed(self.qkv(x_TD, batch.adapters))
+        num_q, num_kv = self.num_heads
+        turned_THD, v_TGD = rotate(heads_TW, cos_TD, sin_TD, num_q + num_kv)
+        q_THD, k_TGD = turned_THD.split([num_q, num_kv], dim=1)
+        return self.out(batch.attention.attend(self.index, q_THD, k_TGD, v_TGD), batch.adapters)
+
+    def _normed(self, heads_TW: Tensor) -> Tensor:
+        """The same heads with q and k normalised, where the checkpoint does so (Qwen3)."""
+        if self.q_norm_D is None or self.k_norm_D is None:
+            return heads_TW
         sizes = [part.stop - part.start for part in self.qkv.parts]
-        heads = self.qkv(x_TD, batch.adapters).split(sizes, dim=-1)
-        q_THD, k_TGD, v_TGD = (x.unflatten(-1, (-1, self.head_dim)) for x in heads)
-        if self.q_norm_D is not None and self.k_norm_D is not None:
-            q_THD = rms_norm(q_THD, self.q_norm_D, self.eps)
-            k_TGD = rms_norm(k_TGD, self.k_norm_D, self.eps)
-        mixed_TD = batch.attention.attend(
-            self.index, rotate(q_THD, cos, sin), rotate(k_TGD, cos, sin), v_TGD
-        )
-        return self.out(mixed_TD, batch.adapters)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in heads_TW.split(sizes, dim=-1))
+        q, k = rms_norm(q, self.q_norm_D, self.eps), rms_norm(k, self.k_norm_D, self.eps)
+        return torch.cat((q, k, v), dim=1).flatten(1)
 
 
 class DenseModel:
@@ -83,7 +88,6 @@ class DenseModel:
         head_VD = self.embedding_VD if config.tie_word_embeddings else weights["lm_head.weight"]
         self.head = LoraLinear("unembed", [("lm_head", head_VD, None)])
         self.eps = config.rms_norm_eps
-        self.num_heads = config.num_attention_heads
         self.window = _window(config)
         self.rotary = Rotary(config, _head_dim(config), str(self.embedding_VD.device))
         self.cache_shape = CacheShape(
@@ -99,9 +103,9 @@ class DenseModel:
         x_TD = F.embedding(tokens_T, self.embedding_VD)
         if torch.is_grad_enabled():
             x_TD.requires_grad_()  # nothing frozen asks for a gradient, so the graph starts here
-        cos, sin = self.rotary.at(positions_T, x_TD.dtype)
+        cos_TD, sin_TD = self.rotary.at(positions_T, x_TD.dtype)
         for layer in self.layers:
-            x_TD = layer.forward(x_TD, cos, sin, batch)
+            x_TD = layer.forward(x_TD, cos_TD, sin_TD, batch)
         return rms_norm(x_TD, self.final_norm_D, self.eps)
 
 

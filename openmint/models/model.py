@@ -36,7 +36,6 @@ class Model(Protocol):
     head: LoraLinear
     """Hidden states to logits; the trainer drives it in chunks, so that T x V never exists."""
     cache_shape: CacheShape
-    num_heads: int
     window: int | None
     """Sliding-window length of attention, None when every token sees all earlier ones."""
 

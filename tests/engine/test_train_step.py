@@ -219,5 +219,5 @@ def test_exported_adapter_in_peft_reproduces_the_trainers_logprobs(tmp_path: Pat
 
 
 def test_open_train_fills_in_the_losss_defaults() -> None:
-    work = OpenTrain(None, (), LossSpec("ppo", {"clip_high_threshold": 1.5}), False, None)  # type: ignore[arg-type]
+    work = OpenTrain(None, (), LossSpec("ppo", {"clip_high_threshold": 1.5}), False)  # type: ignore[arg-type]
     assert work.config == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.5}

@@ -30,7 +30,7 @@ def ragged(seed: int) -> list[int]:
 def random_qkv(num_tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((num_tokens, HEADS, DIM), (num_tokens, KV_HEADS, DIM), (num_tokens, KV_HEADS, DIM))
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes)
     return q, k, v
 
 
@@ -61,7 +61,7 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_packed_attention_is_each_sequences_own(seed: int, window: int | None) -> None:
     lengths = ragged(seed)
     inputs = random_qkv(sum(lengths), seed)
-    grad_out = torch.randn(sum(lengths), HEADS * DIM, dtype=torch.float64)
+    grad_out = random_qkv(sum(lengths), seed + 1)[0].flatten(1)
     results = []
     for attend in (
         lambda q, k, v: PackedAttention(lengths, CPU, window).attend(0, q, k, v),
@@ -71,18 +71,18 @@ def test_packed_attention_is_each_sequences_own(seed: int, window: int | None) -
         out = attend(*leaves)
         results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        # In float32, as the kernels compute; a gradient that is zero by algebra is 2e-6 by sums.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
 def paged_sampler(window: int | None, num_pages: int) -> Sampler:
     """A sampler over a model of which attention sees only shapes."""
     model: Any = SimpleNamespace(
         window=window,
-        num_heads=HEADS,
         cache_shape=CacheShape(2, KV_HEADS, DIM),
-        head=SimpleNamespace(weight_OI=torch.zeros(1)),
+        head=SimpleNamespace(weight=torch.zeros(1)),
     )
-    cache = KVCache(2, num_pages, PAGE, KV_HEADS, DIM, torch.float64, CPU)
+    cache = KVCache(2, num_pages, PAGE, KV_HEADS, DIM, torch.float32, CPU)
     # What an earlier owner left in a page must never be seen.
     cache.keys.fill_(1e3)
     cache.values.fill_(1e6)
@@ -126,11 +126,9 @@ def test_paged_attention_is_the_same_however_the_tokens_are_cut(
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_what_an_overflow_leaves_in_a_page_reaches_nobody_else(poison: float) -> None:
     lengths = [5, 9]
-    q, k, v = (x.float() for x in random_qkv(14, 0))
+    q, k, v = random_qkv(14, 0)
     expected = plain_packed(q, k, v, lengths, None)
     sampler = paged_sampler(None, 6)
-    sampler._cache.keys = sampler._cache.keys.float()
-    sampler._cache.values = sampler._cache.values.float()
     every = Chunk(0, np.zeros(24, np.int64), 0, tuple(range(6)), None, None)
     bad = torch.full((24, KV_HEADS, DIM), poison)
     sampler._attention([every], [np.arange(24)]).attend(0, torch.ones(24, HEADS, DIM), bad, bad)

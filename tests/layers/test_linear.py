@@ -15,7 +15,7 @@ from openmint.layers.adapters import (
     AdapterWeights,
     GradientSink,
 )
-from openmint.layers.linear import PACKED_ROWS, LoraLinear
+from openmint.layers.linear import FrozenWeight, LoraLinear
 from openmint.types import LoraSpec, TargetModule
 
 PATHS = ("q", "k", "v")
@@ -58,7 +58,7 @@ def by_formula(x_TI: Tensor, linear: LoraLinear, adapters: list[AdapterWeights])
     """Token by token: W x + b, plus alpha / r * B A x of the token's own adapter."""
     rows = []
     for x_I, slot in zip(x_TI, SLOTS.tolist(), strict=True):
-        y_O = linear.weight_OI @ x_I + (linear.bias_O if linear.bias_O is not None else 0.0)
+        y_O = linear.weight.forward(x_I[None], linear.bias_O)[0]
         views = adapters[slot].views if slot >= 0 else {}
         deltas = []
         for path, width in zip(PATHS, WIDTHS, strict=True):
@@ -101,7 +101,7 @@ def test_one_adapter_for_all_is_the_same_by_the_short_way_and_the_long() -> None
     linear = fused(torch.float64)
     x_TI = torch.randn(6, NUM_IN, dtype=torch.float64)
     uniform = AdapterBatch(AdapterStack(ADAPTERS[1:2]), torch.zeros(6, dtype=torch.int64))
-    delta = uniform.delta("attn", "q")
+    delta = uniform.delta("attn", PATHS)
     assert delta is not None
     assert delta.own_TR is None
     among = AdapterBatch(AdapterStack(ADAPTERS), torch.ones(6, dtype=torch.int64))
@@ -112,7 +112,7 @@ def test_an_adapter_without_this_target_leaves_the_base_alone() -> None:
     linear = fused(torch.float64)
     x_TI = torch.randn(6, NUM_IN, dtype=torch.float64)
     batch = AdapterBatch(AdapterStack(ADAPTERS[2:3]), torch.zeros(6, dtype=torch.int64))
-    assert linear.deltas(batch) == []
+    assert linear.delta(batch) is None
     torch.testing.assert_close(linear(x_TI, batch), linear(x_TI, None))
 
 
@@ -127,12 +127,18 @@ def test_anothers_overflow_does_not_reach_a_neighbour() -> None:
     assert out[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("num_rows", [1, PACKED_ROWS, PACKED_ROWS + 1])
-def test_packed_bf16_weights_compute_what_plain_ones_do(num_rows: int) -> None:
-    linear = fused(torch.bfloat16)
-    x_TI = torch.randn(num_rows, NUM_IN).bfloat16()
-    expected = x_TI.float() @ linear.weight_OI.float().t() + linear.bias_O.float()
-    torch.testing.assert_close(linear.base(x_TI).float(), expected, rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("num_rows", [1, 32, 129])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_frozen_weight_multiplies_both_ways(num_rows: int, dtype: torch.dtype) -> None:
+    plain_OI = torch.randn(20, NUM_IN).to(dtype)
+    bias_O = torch.randn(20).to(dtype)
+    weight = FrozenWeight(plain_OI)
+    x_TI, grad_TO = torch.randn(num_rows, NUM_IN).to(dtype), torch.randn(num_rows, 20).to(dtype)
+    rounding = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    forth = x_TI.float() @ plain_OI.float().t() + bias_O.float()
+    torch.testing.assert_close(weight.forward(x_TI, bias_O).float(), forth, **rounding)
+    back = grad_TO.float() @ plain_OI.float()
+    torch.testing.assert_close(weight.backward(grad_TO).float(), back, **rounding)
 
 
 def test_a_layout_gives_every_parameter_to_one_view() -> None:
@@ -149,6 +155,10 @@ def test_rows_stand_in_slot_order_for_the_adapters_that_have_the_target() -> Non
     stack = AdapterStack(ADAPTERS)
     assert stack.members("attn") == [0, 1, 3]
     assert stack.row_ranges("attn") == [(0, 0, 1), (1, 1, 6), (3, 6, 14)]
-    a_RI, b_RO = stack.rows("k")
-    assert (a_RI.shape, b_RO.shape) == ((14, NUM_IN), (14, 6))
-    torch.testing.assert_close(a_RI[1:6], ADAPTERS[1].views["k"][0])
+    stacked = stack.stacked(PATHS)
+    assert stacked.a_RI.shape == (3 * 14, NUM_IN)
+    assert [b_RO.shape for b_RO in stacked.bs_RO] == [(14, 10), (14, 6), (14, 4)]
+    for i, path in enumerate(PATHS):
+        a_RI, b_RO = ADAPTERS[1].views[path]
+        torch.testing.assert_close(stacked.a_RI[stacked.rows(i)][1:6], a_RI)
+        torch.testing.assert_close(stacked.bs_RO[i][1:6], b_RO)

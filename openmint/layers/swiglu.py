@@ -1,0 +1,15 @@
+"""The gated activation of dense feed-forward layers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from openmint.kernels import swiglu
+
+
+def silu_gate(gate_up_TW: Tensor) -> Tensor:
+    """`silu(gate) * up` of rows that hold the gate and then the up values."""
+    if gate_up_TW.device.type == "cpu":
+        out: Tensor = swiglu.FusedSwiGLU.apply(gate_up_TW)
+        return out
+    return swiglu.reference(gate_up_TW)
