@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from openmint.config import WorkerConfig
+from openmint.engine.lanes import Lanes
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
 from openmint.engine.runs import Runs, RunSnapshot
 from openmint.engine.sample_step import Sampler
@@ -34,7 +35,8 @@ class Engine:
         self.dtype = model.head.weight.dtype
         if base.device == "cpu":
             compile_kernels(self.dtype)
-        self._trainer = Trainer(model)
+        lanes = Lanes(torch.device(base.device))
+        self._trainer = Trainer(model, lanes)
         self.runs = Runs(base, self.dtype, config.training_bytes)
         self._slots: dict[Digest, AdapterWeights] = {}
         self._open: dict[int, OpenTrain] = {}
@@ -52,7 +54,7 @@ class Engine:
             self.dtype,
             torch.device(base.device),
         )
-        self._sampler = Sampler(model, cache)
+        self._sampler = Sampler(model, cache, lanes)
 
     # -- training sessions ------------------------------------------------------------------------
 

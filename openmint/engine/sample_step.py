@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openmint.engine.lanes import Lanes
 from openmint.engine.plan import Chunk, ChunkOutcome, Draw, PromptScored, SampleBatch
 from openmint.kernels import logprobs
 from openmint.layers.adapters import AdapterBatch, AdapterStack, AdapterWeights
@@ -30,8 +32,34 @@ SCORE_ROWS = 256
 """Prompt rows whose logits exist at once."""
 
 
+LANE_TOKENS = 4
+"""Fewer tokens than this are not worth a lane of their own."""
+
+Slots = Mapping[Digest, AdapterWeights]
+
+
 class Sampler:
     """Runs sample batches on one model and its page cache. Owned by the engine's thread."""
+
+    def __init__(self, model: Model, cache: KVCache, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._parts = [SampleLane(model, cache) for _ in range(lanes.count)]
+
+    def run(self, batch: SampleBatch, slots: Slots) -> list[ChunkOutcome]:
+        """Outcome of each chunk, in order. No chunk reads what another writes in the same step."""
+        cuts = self._lanes.split([len(chunk.tokens_N) for chunk in batch.chunks], LANE_TOKENS)
+        shares = zip(self._parts, cuts, strict=False)
+        jobs = [partial(lane.run, batch.chunks[cut], slots) for lane, cut in shares]
+        return [outcome for outcomes in self._lanes.run(jobs) for outcome in outcomes]
+
+    def forget(self) -> None:
+        """Drop the stacked copies of adapters, so that an evicted one's memory is free."""
+        for lane in self._parts:
+            lane.forget()
+
+
+class SampleLane:
+    """One thread's share of a sampling step."""
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model, self._cache = model, cache
@@ -39,9 +67,8 @@ class Sampler:
         self._stack = AdapterStack([])
 
     @torch.inference_mode()
-    def run(self, batch: SampleBatch, slots: Mapping[Digest, AdapterWeights]) -> list[ChunkOutcome]:
+    def run(self, chunks: Sequence[Chunk], slots: Slots) -> list[ChunkOutcome]:
         """Outcome of each chunk, in order."""
-        chunks = batch.chunks
         slot_S = self._bind(chunks, slots)
         lengths_S = np.array([len(chunk.tokens_N) for chunk in chunks])
         adapters = self._adapters(np.repeat(slot_S, lengths_S))
@@ -63,10 +90,9 @@ class Sampler:
         return outcomes
 
     def forget(self) -> None:
-        """Drop the stacked copies of adapters, so that an evicted one's memory is free."""
         self._stack = AdapterStack([])
 
-    def _bind(self, chunks: Sequence[Chunk], slots: Mapping[Digest, AdapterWeights]) -> IntArray:
+    def _bind(self, chunks: Sequence[Chunk], slots: Slots) -> IntArray:
         """Each chunk's slot in the stack. The stack is kept while it holds all that is asked."""
         wanted = {chunk.revision for chunk in chunks if chunk.revision is not None}
         held = [weights.revision for weights in self._stack.adapters]
@@ -94,24 +120,19 @@ class Sampler:
         groups = [
             self._group([(chunks[i], int(starts_S[i])) for i in bucket]) for bucket in buckets
         ]
-        return PagedAttention(self._cache, self._to(slot_T), groups)
+        return PagedAttention(self._cache, slot_T, groups)
 
     def _group(self, members: Sequence[tuple[Chunk, int]]) -> PagedGroup:
-        page_tokens = self._cache.page_tokens
         lengths_S = np.array([len(chunk.tokens_N) for chunk, _ in members])
         steps_L = np.arange(lengths_S.max())
         rows_S = np.array([row for _, row in members])
         real_SL = steps_L < lengths_S[:, None]
         query_SL = rows_S[:, None] + np.minimum(steps_L, lengths_S[:, None] - 1)
         starts_S = np.array([chunk.start for chunk, _ in members])
-        num_pages = -(-int((starts_S + lengths_S).max()) // page_tokens)
-        pages_SP = np.zeros((len(members), num_pages), dtype=np.int64)
-        for i, (chunk, _) in enumerate(members):
-            used = chunk.pages[:num_pages]
-            pages_SP[i, : len(used)] = used
+        pages_SP = page_table([chunk for chunk, _ in members], self._cache.page_tokens)
         at_SL = starts_S[:, None] + np.minimum(steps_L, lengths_S[:, None] - 1)
-        query, real, pages = map(self._to, (query_SL, real_SL, pages_SP))
-        return PagedGroup(query, real, pages, Sight(at_SL, self._model.window, self._device))
+        sight = Sight(at_SL, self._model.window, self._device)
+        return PagedGroup(self._to(query_SL), self._to(real_SL), pages_SP, sight)
 
     def _draw(
         self, chunks: Sequence[Chunk], hidden_TD: Tensor, last_S: IntArray, slot_S: IntArray
@@ -163,6 +184,16 @@ class Sampler:
 
     def _to(self, array: AnyArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def page_table(chunks: Sequence[Chunk], page_tokens: int) -> IntArray:
+    """The pages that the chunks' tokens see, `[S, P]`; shorter rows end in page 0, out of sight."""
+    longest = max(chunk.start + len(chunk.tokens_N) for chunk in chunks)
+    pages_SP = np.zeros((len(chunks), -(-longest // page_tokens)), dtype=np.int64)
+    for row_P, chunk in zip(pages_SP, chunks, strict=True):
+        used = chunk.pages[: len(row_P)]
+        row_P[: len(used)] = used
+    return pages_SP
 
 
 def draw_alternatives(

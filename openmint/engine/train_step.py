@@ -11,14 +11,14 @@ while they are at hand. That works because every loss is a sum of per-token term
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openmint.engine.lanes import Lanes
 from openmint.engine.runs import Run
 from openmint.kernels import logprobs
 from openmint.layers.adapters import AdapterBatch, AdapterStack, GradientSink
@@ -82,43 +82,20 @@ Item = tuple[OpenTrain, int]
 
 
 class Trainer:
-    """Runs micro-batches. On CPUs each is cut into lanes, one thread each: a lane's tensors fit its
-    core's cache, and no operation waits for the other core."""
+    """Runs micro-batches on one model. Owned by the engine's thread."""
 
-    def __init__(self, model: Model) -> None:
-        device = model.head.weight.device
-        num_lanes = torch.get_num_threads() if device.type == "cpu" else 1
-        self._lanes = [TrainLane(model, lane) for lane in range(num_lanes)]
-        self._pool = ThreadPoolExecutor(
-            num_lanes, "train-lane", initializer=torch.set_num_threads, initargs=(1,)
-        )
+    def __init__(self, model: Model, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._parts = [TrainLane(model, lane) for lane in range(lanes.count)]
 
     def run(self, items: Sequence[Item]) -> None:
         """Run these data; log-probabilities, losses and gradients are left in their works.
 
         Data of one work, and works of one run, must stand together.
         """
-        parts = split_by_tokens(items, len(self._lanes))
-        if len(parts) == 1:
-            self._lanes[0].run(parts[0])
-            return
-        running = [
-            self._pool.submit(lane.run, part)
-            for lane, part in zip(self._lanes[: len(parts)], parts, strict=True)
-        ]
-        for future in running:
-            future.exception()  # all must have ended before any failure is told
-        for future in running:
-            future.result()
-
-
-def split_by_tokens(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
-    """Consecutive parts of about equal tokens, none of them tiny."""
-    ends = np.cumsum([len(work.data[i].tokens_N) for work, i in items])
-    num_parts = int(max(1, min(num_parts, ends[-1] // LANE_TOKENS)))
-    wanted = ends[-1] * np.arange(1, num_parts) / num_parts
-    cuts = [0, *(int(np.abs(ends - level).argmin()) + 1 for level in wanted), len(items)]
-    return [items[a:b] for a, b in pairwise(cuts) if a < b]
+        cuts = self._lanes.split([len(work.data[i].tokens_N) for work, i in items], LANE_TOKENS)
+        shares = zip(self._parts, cuts, strict=False)
+        self._lanes.run([partial(lane.run, items[cut]) for lane, cut in shares])
 
 
 class TrainLane:

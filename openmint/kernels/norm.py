@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmint.kernels.jit import F32, as_array, kernel, load, rounded
+from openmint.types import FloatArray
 
 
 def reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -46,26 +47,28 @@ def _backward(grad_TD: Any, x_TD: Any, weight_D: Any, scale_T: Any, out_TD: Any)
             out_D[d] = rounded(scale * slope, out_D)
 
 
+def forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, FloatArray]:
+    """`reference` in one pass, on CPUs, and each row's scale."""
+    rows_TD = x.contiguous().view(-1, x.shape[-1])
+    y_TD, scale_T = torch.empty_like(rows_TD), np.empty(len(rows_TD), np.float32)
+    _forward(as_array(rows_TD), as_array(weight_D), F32(eps), as_array(y_TD), scale_T)
+    return y_TD.view(x.shape), scale_T
+
+
 class FusedRMSNorm(torch.autograd.Function):
-    """`reference` in one pass, on CPUs."""
+    """`forward`, differentiable in x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
-        y, scale_T = torch.empty_like(x), np.empty(x.numel() // x.shape[-1], np.float32)
-        rows = (as_array(t.view(-1, x.shape[-1])) for t in (x, y))
-        x_TD, y_TD = rows
-        _forward(x_TD, as_array(weight_D), F32(eps), y_TD, scale_T)
+        y, ctx.scale_T = forward(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D)
-        ctx.scale_T = scale_T
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight_D = ctx.saved_tensors
-        out = torch.empty_like(x)
-        grad_TD, x_TD, out_TD = (
-            as_array(t.contiguous().view(-1, x.shape[-1])) for t in (grads[0], x, out)
-        )
-        _backward(grad_TD, x_TD, as_array(weight_D), ctx.scale_T, out_TD)
-        return out, None, None
+        grad_TD, x_TD = (t.contiguous().view(-1, x.shape[-1]) for t in (grads[0], x))
+        out_TD = torch.empty_like(x_TD)
+        rows = as_array(grad_TD), as_array(x_TD), as_array(weight_D)
+        _backward(*rows, ctx.scale_T, as_array(out_TD))
+        return out_TD.view(x.shape), None, None

@@ -42,19 +42,26 @@ def _rotate(
                 out_D[d] = rounded(load(right_D[d]) * load(cos_D[d]) + turned, out_D)
 
 
-class FusedRotary(torch.autograd.Function):
+def forward(
+    heads_TW: Tensor, cos_TD: Tensor, sin_TD: Tensor, num_rotated: int
+) -> tuple[Tensor, Tensor]:
     """`reference`, and the other heads as they are: `([T, R], [T, W - R])`, on CPUs."""
+    num_values = num_rotated * cos_TD.shape[1]
+    turned_TR = heads_TW.new_empty(len(heads_TW), num_values)
+    angles = as_array(cos_TD), as_array(sin_TD)
+    _rotate(as_array(heads_TW), *angles, F32(1.0), as_array(turned_TR), num_rotated)
+    return turned_TR, heads_TW[:, num_values:].contiguous()
+
+
+class FusedRotary(torch.autograd.Function):
+    """`forward`, differentiable in the heads."""
 
     @staticmethod
     def forward(
         ctx: Any, heads_TW: Tensor, cos_TD: Tensor, sin_TD: Tensor, num_rotated: int
     ) -> tuple[Tensor, Tensor]:
-        num_values = num_rotated * cos_TD.shape[1]
-        turned_TR = heads_TW.new_empty(len(heads_TW), num_values)
-        angles = as_array(cos_TD), as_array(sin_TD)
-        _rotate(as_array(heads_TW), *angles, F32(1.0), as_array(turned_TR), num_rotated)
         ctx.call = (cos_TD, sin_TD, num_rotated)
-        return turned_TR, heads_TW[:, num_values:].contiguous()
+        return forward(heads_TW, cos_TD, sin_TD, num_rotated)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -45,16 +45,21 @@ def _backward(grad_TF: Any, gate_up_TW: Any, out_TW: Any) -> None:
             out_gate_F[f] = rounded(load(grad_F[f]) * load(up_F[f]) * slope, out_gate_F)
 
 
-class FusedSwiGLU(torch.autograd.Function):
+def forward(gate_up_TW: Tensor) -> Tensor:
     """`reference` in one pass, on CPUs."""
+    num_rows, width = gate_up_TW.shape
+    y_TF = gate_up_TW.new_empty(num_rows, width // 2)
+    _forward(as_array(gate_up_TW), as_array(y_TF))
+    return y_TF
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """`forward`, differentiable."""
 
     @staticmethod
     def forward(ctx: Any, gate_up_TW: Tensor) -> Tensor:
-        num_rows, width = gate_up_TW.shape
-        y_TF = gate_up_TW.new_empty(num_rows, width // 2)
-        _forward(as_array(gate_up_TW), as_array(y_TF))
         ctx.save_for_backward(gate_up_TW)
-        return y_TF
+        return forward(gate_up_TW)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

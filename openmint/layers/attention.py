@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openmint.kernels import paged
 from openmint.kernels.softmax import softmax_, softmax_backward_
 from openmint.types import IntArray
 
@@ -25,8 +26,6 @@ PLAIN_TOKENS = 1024
 even at 256, and prefill, decode and training round alike (docs/numerics.md)."""
 
 NO_WINDOW = 1 << 40
-LARGEST_KEY = 1e9
-"""Cached keys stay within it, so that no score of another sequence's page is ever infinite."""
 
 
 class Attention(Protocol):
@@ -105,7 +104,19 @@ class PackedAttention:
             sight = Sight(at_SL, window, device)
             self.buckets.append(Bucket(torch.from_numpy(index_SL).to(device), padding, sight))
             offset += index_SL.size
-        self.inverse_T = torch.from_numpy(inverse_T).to(device)
+        self._inverse_T = torch.from_numpy(inverse_T).to(device)
+        self._is_whole = offset == len(inverse_T) and bool((inverse_T == np.arange(offset)).all())
+
+    def take(self, x_T: Tensor, bucket: Bucket) -> Tensor:
+        """The rows of a bucket, `[S, L, ...]`; a view when nothing has to move."""
+        if self._is_whole and len(self.buckets) == 1:
+            return x_T.view(*bucket.index_SL.shape, *x_T.shape[1:])
+        return x_T[bucket.index_SL]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows in packed order again, from those of all buckets, `[S * L, ...]` each."""
+        rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return rows if self._is_whole else rows[self._inverse_T]
 
     def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         longest = max(bucket.index_SL.shape[1] for bucket in self.buckets)
@@ -114,10 +125,10 @@ class PackedAttention:
             return out
         outputs = []
         for bucket in self.buckets:
-            q_SLHD, k_SLGD, v_SLGD = (x[bucket.index_SL] for x in (q_THD, k_TGD, v_TGD))
+            q_SLHD, k_SLGD, v_SLGD = (self.take(x, bucket) for x in (q_THD, k_TGD, v_TGD))
             k_SGLD, v_SGLD = k_SLGD.transpose(1, 2), v_SLGD.transpose(1, 2)
             outputs.append(attend(q_SLHD, k_SGLD, v_SGLD, bucket.sight).flatten(0, 1))
-        return torch.cat(outputs)[self.inverse_T].flatten(1)
+        return self.join(outputs).flatten(1)
 
 
 def is_plain(q: Tensor, num_keys: int) -> bool:
@@ -168,7 +179,7 @@ class _PlainPacked(torch.autograd.Function):
     ) -> Tensor:
         outputs, kept = [], []
         for bucket in packed.buckets:
-            q_SLHD, k_SLGD, v_SLGD = (x[bucket.index_SL] for x in (q_THD, k_TGD, v_TGD))
+            q_SLHD, k_SLGD, v_SLGD = (packed.take(x, bucket) for x in (q_THD, k_TGD, v_TGD))
             k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
             q_SGQD = _grouped(q_SLHD, k_SGLD.shape[1])
             out_SGQD, probs_SGQK = _plain(q_SGQD, k_SGLD, v_SGLD, bucket.sight)
@@ -176,7 +187,7 @@ class _PlainPacked(torch.autograd.Function):
             kept += [q_SGQD, k_SGLD, v_SGLD, probs_SGQK]
         ctx.save_for_backward(*kept)
         ctx.packed, ctx.heads_shape = packed, q_THD.shape
-        return torch.cat(outputs)[packed.inverse_T].flatten(1)
+        return packed.join(outputs).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -185,7 +196,7 @@ class _PlainPacked(torch.autograd.Function):
         parts = []
         for i, bucket in enumerate(packed.buckets):
             q_SGQD, k_SGLD, v_SGLD, probs_SGQK = ctx.saved_tensors[4 * i : 4 * i + 4]
-            grad_SLHD = grad_THD[bucket.index_SL]
+            grad_SLHD = packed.take(grad_THD, bucket)
             if bucket.is_padding_SL is not None:
                 grad_SLHD[bucket.is_padding_SL] = 0.0
             grad_SGQD = _grouped(grad_SLHD, k_SGLD.shape[1])
@@ -197,10 +208,8 @@ class _PlainPacked(torch.autograd.Function):
             grad_k_SGLD = grad_SGQK.transpose(2, 3) @ q_SGQD
             grad_k, grad_v = grad_k_SGLD.transpose(1, 2), grad_v_SGLD.transpose(1, 2)
             parts.append([grad.flatten(0, 1) for grad in (grad_q, grad_k, grad_v)])
-        q_THD, k_TGD, v_TGD = (
-            torch.cat(list(grad))[packed.inverse_T] for grad in zip(*parts, strict=True)
-        )
-        return q_THD, k_TGD, v_TGD, None
+        grad_q, grad_k, grad_v = (packed.join(grads) for grads in zip(*parts, strict=True))
+        return grad_q, grad_k, grad_v, None
 
 
 class KVCache:
@@ -232,35 +241,45 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 @dataclass(frozen=True, slots=True)
 class PagedGroup:
-    """Sequences of one batch that attend together: `query_SL` rows, their pages, who sees whom."""
+    """Chunks of like length that attend together: `query_SL` rows, their pages, who sees whom."""
 
     query_SL: Tensor
     real_SL: Tensor
-    pages_SP: Tensor
+    pages_SP: IntArray
     sight: Sight
+
+    def holds_in_order(self, num_rows: int) -> bool:
+        """Whether its rows are just the batch's rows."""
+        query_T = self.query_SL.flatten()
+        return len(query_T) == num_rows and bool((query_T.cpu() == torch.arange(num_rows)).all())
 
 
 class PagedAttention:
     """New tokens of many sequences over their pages: prefill chunks and decode steps alike."""
 
-    def __init__(self, cache: KVCache, slot_T: Tensor, groups: Sequence[PagedGroup]) -> None:
+    def __init__(self, cache: KVCache, slot_T: IntArray, groups: Sequence[PagedGroup]) -> None:
         """`slot_T` is each token's place in the cache, `page * page_tokens + offset`."""
         self._cache = cache
         self._slot_T = slot_T
         self._groups = groups
+        self._is_whole = len(groups) == 1 and groups[0].holds_in_order(len(slot_T))
 
     def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        # Pages are shared, padded and handed on, and a masked NaN is still a NaN (0 x NaN): what an
-        # adapter that overflows leaves there must not reach its neighbours.
-        k_TGD = k_TGD.nan_to_num(0.0).clamp(-LARGEST_KEY, LARGEST_KEY)
-        keys.flatten(0, 1).index_copy_(0, self._slot_T, k_TGD)
-        values.flatten(0, 1).index_copy_(0, self._slot_T, v_TGD.nan_to_num(0.0))
+        paged.write(k_TGD, self._slot_T, keys)
+        paged.write(v_TGD, self._slot_T, values)
+        if self._is_whole:  # every step that only decodes
+            (group,) = self._groups
+            q_SLHD = q_THD.unflatten(0, group.query_SL.shape)
+            return self._attend_group(q_SLHD, keys, values, group).reshape(len(q_THD), -1)
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         for group in self._groups:
-            k_SGKD, v_SGKD = (
-                cached[group.pages_SP].flatten(1, 2).transpose(1, 2) for cached in (keys, values)
-            )
-            out_SLHD = attend(q_THD[group.query_SL], k_SGKD, v_SGKD, group.sight)
+            out_SLHD = self._attend_group(q_THD[group.query_SL], keys, values, group)
             out_THD[group.query_SL[group.real_SL]] = out_SLHD[group.real_SL]
         return out_THD.flatten(1)
+
+    def _attend_group(
+        self, q_SLHD: Tensor, keys: Tensor, values: Tensor, group: PagedGroup
+    ) -> Tensor:
+        k_SGKD, v_SGKD = (paged.gather(cached, group.pages_SP) for cached in (keys, values))
+        return attend(q_SLHD, k_SGKD, v_SGKD, group.sight)

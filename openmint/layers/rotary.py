@@ -46,9 +46,9 @@ def rotate(
     """The first heads of each row turned by its position's angles, and the other heads as they are:
     `([T, num_rotated, D], [T, rest, D])`."""
     width = cos_TD.shape[1]
-    if heads_TW.device.type == "cpu":
-        call = (heads_TW, cos_TD, sin_TD, num_rotated)
-        turned, rest = rotary.FusedRotary.apply(*call)
-        return turned.unflatten(1, (num_rotated, width)), rest.unflatten(1, (-1, width))
-    turned = rotary.reference(heads_TW, cos_TD, sin_TD, num_rotated)
-    return turned, heads_TW.unflatten(1, (-1, width))[:, num_rotated:]
+    if heads_TW.device.type != "cpu":
+        turned = rotary.reference(heads_TW, cos_TD, sin_TD, num_rotated)
+        return turned, heads_TW.unflatten(1, (-1, width))[:, num_rotated:]
+    run = rotary.FusedRotary.apply if heads_TW.requires_grad else rotary.forward
+    turned, rest = run(heads_TW, cos_TD, sin_TD, num_rotated)
+    return turned.unflatten(1, (num_rotated, width)), rest.unflatten(1, (-1, width))

@@ -9,7 +9,9 @@ from openmint.kernels import swiglu
 
 def silu_gate(gate_up_TW: Tensor) -> Tensor:
     """`silu(gate) * up` of rows that hold the gate and then the up values."""
-    if gate_up_TW.device.type == "cpu":
-        out: Tensor = swiglu.FusedSwiGLU.apply(gate_up_TW)
-        return out
-    return swiglu.reference(gate_up_TW)
+    if gate_up_TW.device.type != "cpu":
+        return swiglu.reference(gate_up_TW)
+    if not gate_up_TW.requires_grad:
+        return swiglu.forward(gate_up_TW)
+    out: Tensor = swiglu.FusedSwiGLU.apply(gate_up_TW)
+    return out

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from openmint.kernels import logprobs, norm, rotary, softmax, swiglu
+from openmint.kernels import logprobs, norm, paged, rotary, softmax, swiglu
 from openmint.kernels.compile import compile_kernels
 from openmint.scheduler.work import TrainWork
 from openmint.types import Datum, LoraSpec, LossSpec, RunId, Tenant
@@ -15,7 +15,7 @@ from tests.workbench import Workbench, random_model
 def compiled() -> dict[str, int]:
     """How many signatures each kernel has been compiled for."""
     found = {}
-    for module in (logprobs, norm, rotary, softmax, swiglu):
+    for module in (logprobs, norm, paged, rotary, softmax, swiglu):
         for name, value in vars(module).items():
             inlined = getattr(value, "targetoptions", {}).get("inline") == "always"
             if hasattr(value, "nopython_signatures") and not inlined:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openmint.engine.plan import Chunk
-from openmint.engine.sample_step import Sampler
+from openmint.engine.sample_step import SampleLane
 from openmint.layers import attention
 from openmint.layers.attention import MAX_PADDING, KVCache, PackedAttention, length_buckets
 from openmint.models.model import CacheShape
@@ -75,7 +75,7 @@ def test_packed_attention_is_each_sequences_own(seed: int, window: int | None) -
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
-def paged_sampler(window: int | None, num_pages: int) -> Sampler:
+def paged_sampler(window: int | None, num_pages: int) -> SampleLane:
     """A sampler over a model of which attention sees only shapes."""
     model: Any = SimpleNamespace(
         window=window,
@@ -86,7 +86,7 @@ def paged_sampler(window: int | None, num_pages: int) -> Sampler:
     # What an earlier owner left in a page must never be seen.
     cache.keys.fill_(1e3)
     cache.values.fill_(1e6)
-    return Sampler(model, cache)
+    return SampleLane(model, cache)
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -34,7 +34,7 @@ CLIENT_CONFIG = {
     "sample_use_retrieve_futures": False,
     "custom_loss_server_side": False,
     "sample_join_sampling_session": True,
-    # The SDK's own HTTP backend aborts 1 of 40 short processes when they end (0.38.0, busy machine).
+    # The SDK's own HTTP backend aborts 1 of 40 short processes as they end (0.38.0, busy machine).
     "use_pyqwest_transport": False,
 }
 DYNAMIC_CONFIG = {
