@@ -21,10 +21,12 @@ MEMORY_ENVIRONMENT = {
     "LRU_CACHE_CAPACITY": "32",
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**20),
+    "MALLOC_ARENA_MAX": "2",
 }
 """Keeps a CPU worker's memory flat. Each new batch length makes kernels, of which oneDNN and the
-layer above it would keep 1024 each, and blocks that malloc would rather keep than reuse: 3.1 GB
-after the quick demo, 2.0 GB with these, at the same speed. The environment of `serve` wins."""
+layer above it would keep 1024 each, and blocks that malloc would rather keep than reuse, in an arena
+for every lane: 3.1 GB after the quick demo, 2.0 GB with these. Larger blocks from the heap instead
+of fresh pages would train 5 % faster and hold 0.3 GB more. The environment of `serve` wins."""
 
 
 class WorkerProcess:
