@@ -65,8 +65,12 @@ def outcome(directory: Path, store: Path) -> tuple[torch.Tensor, list[np.ndarray
     gradient = bench.engine.runs[run_id].grads_P.clone()
     revision = bench.revision("s", LoraSpec(8), seed=1)
     params = SamplingParams(max_tokens=9, temperature=1.0, seed=5)
-    sampled = bench.do(SampleWork(Tenant("t"), revision, data[3].tokens_N, params, num_samples=12))
-    tokens = [int(token) for sequence in sampled.sequences for token in sequence.tokens_N]
+    tokens = []
+    works = [SampleWork(Tenant("t"), revision, datum.tokens_N, params) for datum in data]
+    for work_id in [bench.submit(work) for work in works]:  # prompts are read together
+        bench.run()
+        (sequence,) = bench.result(work_id).sequences
+        tokens += sequence.tokens_N.tolist()
     return gradient, list(logprobs), tokens
 
 
