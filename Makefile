@@ -24,7 +24,7 @@ help:
 	@echo "make test             all tests        make test TESTS=tests/wire -- a part of them"
 	@echo "make lint             ruff, mypy       make format -- let ruff rewrite"
 	@echo "make docs             rewrite the pages that are made from the code"
-	@echo "make bench            measure this machine into benchmarks/results"
+	@echo "make bench            race this machine against rivals and its own limit (an hour)"
 	@echo "make clean            remove environments, caches and test data"
 
 install: $(READY)
@@ -73,7 +73,7 @@ serve: $(READY)
 	@$(BIN)/openmint serve --port $(PORT) --data $(DATA)
 
 bench: $(READY)
-	@$(BIN)/python -m benchmarks.startup
+	@$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) $(COOKBOOK) .data build demo-output *.egg-info \

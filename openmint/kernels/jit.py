@@ -5,7 +5,9 @@ file (or in the user's cache folder where that can't be written). Kernels hold n
 thread; who wants more calls them from several. numpy knows no bfloat16, so it travels as uint16.
 
 Inner loops run over whole rows, sliced before the loop, and write to one of them: only so does LLVM
-see what can't overlap, and vectorise (up to 10 times faster).
+see what can't overlap, and vectorise (up to 10 times faster). A loop that sums writes to no row:
+where LLVM has to ask at run time whether short rows overlap, the order of its sum would depend on
+where they lie in memory.
 """
 
 from __future__ import annotations

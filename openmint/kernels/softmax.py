@@ -40,6 +40,7 @@ def _forward(scores_SGQK: Any, at_SL: Any, window: Any, scale: Any) -> None:
                 top, total = largest(seen_N), F32(0.0)
                 for n in range(len(seen_N)):
                     powers_K[n] = exp((load(seen_N[n]) - top) * scale)
+                for n in range(len(seen_N)):
                     total += powers_K[n]
                 share = F32(1.0) / total
                 row_K[:first] = 0
