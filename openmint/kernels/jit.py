@@ -4,6 +4,8 @@ numba compiles a kernel for a dtype when it is first called, and keeps the machi
 file (or in the user's cache folder where that can't be written). Kernels hold no GIL and use one
 thread; who wants more calls them from several. numpy knows no bfloat16, so it travels as uint16.
 
+The cache notices a change of the kernel's own file only: who edits this one runs `make clean`.
+
 Inner loops run over whole rows, sliced before the loop, and write to one of them: only so does LLVM
 see what can't overlap, and vectorise (up to 10 times faster). A loop that sums writes to no row:
 where LLVM has to ask at run time whether short rows overlap, the order of its sum would depend on
