@@ -29,12 +29,12 @@ class Settings:
     renderer_name: str = "role_colon"
     load_checkpoint_path: str | None = None
     lora_rank: int = 16
-    learning_rate: float = 1e-3
-    batch_size: int = 2
+    learning_rate: float = 5e-4
+    batch_size: int = 4
     group_size: int = 6
     max_turns: int = 2
     max_tokens: int = 8
-    max_steps: int = 4
+    max_steps: int = 5
 
 
 def config_of(settings: Settings) -> train.Config:

@@ -142,7 +142,7 @@ def test_players_learn_the_form_of_a_guess(recipe, tmp_path, rest):
         tmp_path / "warm",
         file_path=SCRIPTS / "data" / "guesses.jsonl",
         test_size=0,
-        num_epochs=2,
+        num_epochs=1,
         learning_rate=5e-4,
         eval_every=0,
         save_every=0,
@@ -158,4 +158,5 @@ def test_players_learn_the_form_of_a_guess(recipe, tmp_path, rest):
     }
     run = recipe("guess_number", tmp_path / "log", load_checkpoint_path=start)
     rewards = run.metric("env/all/reward/total")
-    assert rewards[-1] > rewards[0] + 0.3
+    # From -1.9 (of -2 to 1) to 0.0 without a seed: one epoch leaves the form to be learned.
+    assert mean(rewards[-2:]) > rewards[0] + 0.3

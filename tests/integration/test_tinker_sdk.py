@@ -180,7 +180,8 @@ def test_a_session_that_ends_gives_its_samples_up(server, base_model):
     wait_until(lambda: num_running() == 2)
     service.close("interrupted")
     wait_until(lambda: num_running() == 0)
-    with pytest.raises(tinker.RequestFailedError, match="session ended"):
+    # Either the service's answer comes first, or the SDK notices that it was closed.
+    with pytest.raises((tinker.RequestFailedError, RuntimeError), match="ended|closed"):
         pending.result()
 
 
