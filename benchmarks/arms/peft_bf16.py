@@ -63,7 +63,7 @@ class Training:
         logits = self._model(input_ids=rows[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
 
 if __name__ == "__main__":
