@@ -181,7 +181,7 @@ def test_a_session_that_ends_gives_its_samples_up(server, base_model):
     service.close("interrupted")
     wait_until(lambda: num_running() == 0)
     # Either the service's answer comes first, or the SDK notices that it was closed.
-    with pytest.raises((tinker.RequestFailedError, RuntimeError), match="ended|closed"):
+    with pytest.raises((tinker.RequestFailedError, RuntimeError), match=r"ended|closed"):
         pending.result()
 
 
