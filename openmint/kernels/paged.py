@@ -58,13 +58,17 @@ def write(fresh_TGD: Tensor, slot_T: IntArray, cache_PTGD: Tensor) -> None:
     _write(as_array(fresh_TGD.contiguous()), slot_T, as_array(cache_PTGD.flatten(0, 1)))
 
 
-def gather(cache_PTGD: Tensor, pages_SP: IntArray) -> Tensor:
-    """The keys, or values, of each sequence's pages end to end, `[S, G, K, D]`."""
+def gather(cache_PTGD: Tensor, pages_SP: IntArray, room_SGKD: Tensor | None = None) -> Tensor:
+    """The keys, or values, of each sequence's pages end to end, `[S, G, K, D]`.
+
+    On CPUs they are put into `room_SGKD`, an earlier result of the same pages, if one is given.
+    """
     if cache_PTGD.device.type != "cpu":
         pages = torch.from_numpy(pages_SP).to(cache_PTGD.device)
         return cache_PTGD[pages].flatten(1, 2).transpose(1, 2)
-    _, page_tokens, num_heads, width = cache_PTGD.shape
-    num_seqs, num_pages = pages_SP.shape
-    out_SGKD = cache_PTGD.new_empty(num_seqs, num_heads, num_pages * page_tokens, width)
-    _gather(as_array(cache_PTGD), pages_SP, as_array(out_SGKD))
-    return out_SGKD
+    if room_SGKD is None:
+        _, page_tokens, num_heads, width = cache_PTGD.shape
+        num_seqs, num_pages = pages_SP.shape
+        room_SGKD = cache_PTGD.new_empty(num_seqs, num_heads, num_pages * page_tokens, width)
+    _gather(as_array(cache_PTGD), pages_SP, as_array(room_SGKD))
+    return room_SGKD

@@ -263,6 +263,7 @@ class PagedAttention:
         self._slot_T = slot_T
         self._groups = groups
         self._is_whole = len(groups) == 1 and groups[0].holds_in_order(len(slot_T))
+        self._rooms: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
@@ -281,5 +282,11 @@ class PagedAttention:
     def _attend_group(
         self, q_SLHD: Tensor, keys: Tensor, values: Tensor, group: PagedGroup
     ) -> Tensor:
-        k_SGKD, v_SGKD = (paged.gather(cached, group.pages_SP) for cached in (keys, values))
-        return attend(q_SLHD, k_SGKD, v_SGKD, group.sight)
+        gathered = []
+        for which, cached in enumerate((keys, values)):
+            # One room for all layers: a fresh one each time is fresh memory each time.
+            place = (id(group), which)
+            room_SGKD = paged.gather(cached, group.pages_SP, self._rooms.get(place))
+            self._rooms[place] = room_SGKD
+            gathered.append(room_SGKD)
+        return attend(q_SLHD, gathered[0], gathered[1], group.sight)

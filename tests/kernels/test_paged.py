@@ -15,6 +15,10 @@ def test_pages_are_read_end_to_end(dtype):
     read = paged.gather(cache, pages)
     for s, row in enumerate(pages):
         assert torch.equal(read[s], cache[row].flatten(0, 1).transpose(0, 1))
+    other = values(NUM_PAGES, PAGE, GROUPS, WIDTH, dtype=dtype, seed=1)
+    again = paged.gather(other, pages, read)
+    assert again is read
+    assert torch.equal(again, paged.gather(other, pages))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
