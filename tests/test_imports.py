@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheduler": {"residency"},
     "residency": set(),
     "engine": {"kernels", "layers", "losses", "models", "store"},
-    "models": {"layers"},
+    "models": {"kernels", "layers"},
     "layers": {"kernels"},
     "kernels": set(),
     "losses": set(),

@@ -11,9 +11,10 @@ from openmint.engine.runs import Runs, RunSnapshot
 from openmint.engine.sample_step import Sampler
 from openmint.engine.train_step import OpenTrain, Trainer
 from openmint.errors import InvalidRequest, NonFinite
+from openmint.kernels.attend import BLOCK
 from openmint.kernels.compile import compile_kernels
 from openmint.layers.adapters import AdapterWeights
-from openmint.layers.attention import KVCache
+from openmint.layers.attention import KVCache, TiledCache
 from openmint.models.model import Model
 from openmint.types import (
     AdamParams,
@@ -32,7 +33,7 @@ class Engine:
 
     def __init__(self, model: Model, base: BaseInfo, config: WorkerConfig) -> None:
         self.base = base
-        self.dtype = model.head.weight.dtype
+        self.dtype = model.head.dtype
         if base.device == "cpu":
             compile_kernels(self.dtype)
         lanes = Lanes(torch.device(base.device))
@@ -45,15 +46,13 @@ class Engine:
             2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
         )
         self.num_pages = max(1, config.kv_cache_bytes // (token_bytes * config.page_tokens))
-        cache = KVCache(
-            shape.num_layers,
-            self.num_pages,
-            config.page_tokens,
-            shape.num_kv_heads,
-            shape.head_dim,
-            self.dtype,
-            torch.device(base.device),
-        )
+        size = (shape.num_layers, self.num_pages, config.page_tokens)
+        heads = (shape.num_kv_heads, shape.head_dim)
+        cache: KVCache | TiledCache
+        if model.is_tiled and config.page_tokens % BLOCK == 0:
+            cache = TiledCache(*size, *heads)
+        else:
+            cache = KVCache(*size, *heads, self.dtype, torch.device(base.device))
         self._sampler = Sampler(model, cache, lanes)
 
     # -- training sessions ------------------------------------------------------------------------

@@ -25,14 +25,21 @@ class Lanes:
             self.count, "lane", initializer=torch.set_num_threads, initargs=(1,)
         )
 
-    def split(self, sizes: Sequence[int], least: int) -> list[slice]:
-        """Consecutive parts of about equal size, one per lane at most; none is made for less than
-        `least`."""
+    def split(self, sizes: Sequence[int], least: int, most: int | None = None) -> list[slice]:
+        """Consecutive parts of about equal size, one per lane (or `most`) at most; none is made for
+        less than `least`."""
         ends = np.cumsum(sizes)
-        count = int(max(1, min(self.count, ends[-1] // least)))
+        count = int(max(1, min(most or self.count, ends[-1] // least)))
         levels = ends[-1] * np.arange(1, count) / count
         cuts = [0, *(int(np.abs(ends - level).argmin()) + 1 for level in levels), len(sizes)]
         return [slice(start, stop) for start, stop in pairwise(cuts) if start < stop]
+
+    def together(self, job: Callable[[], None]) -> None:
+        """Run the job on every lane's core at once, this thread being one; back when all ended."""
+        others = [self._pool.submit(job) for _ in range(self.count - 1)]
+        job()
+        for other in others:
+            other.result()
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """The results in order. Raises the first failure, once all jobs have ended."""

@@ -17,12 +17,15 @@ from torch import Tensor
 from openmint.engine.lanes import Lanes
 from openmint.engine.plan import Chunk, ChunkOutcome, Draw, PromptScored, SampleBatch
 from openmint.kernels import logprobs
+from openmint.kernels.team import Together, alone
 from openmint.layers.adapters import AdapterBatch, AdapterStack, AdapterWeights
 from openmint.layers.attention import (
     KVCache,
     PagedAttention,
     PagedGroup,
     Sight,
+    TiledCache,
+    TiledPages,
     length_buckets,
 )
 from openmint.models.model import Batch, Model
@@ -42,13 +45,18 @@ Slots = Mapping[Digest, AdapterWeights]
 class Sampler:
     """Runs sample batches on one model and its page cache. Owned by the engine's thread."""
 
-    def __init__(self, model: Model, cache: KVCache, lanes: Lanes) -> None:
+    def __init__(self, model: Model, cache: KVCache | TiledCache, lanes: Lanes) -> None:
         self._lanes = lanes
-        self._parts = [SampleLane(model, cache) for _ in range(lanes.count)]
+        # A tiled cache is read by kernels that all threads run together; no part is a lane's alone.
+        num_parts, together = lanes.count, alone
+        if isinstance(cache, TiledCache):
+            num_parts, together = 1, lanes.together
+        self._parts = [SampleLane(model, cache, together) for _ in range(num_parts)]
 
     def run(self, batch: SampleBatch, slots: Slots) -> list[ChunkOutcome]:
         """Outcome of each chunk, in order. No chunk reads what another writes in the same step."""
-        cuts = self._lanes.split([len(chunk.tokens_N) for chunk in batch.chunks], LANE_TOKENS)
+        sizes = [len(chunk.tokens_N) for chunk in batch.chunks]
+        cuts = self._lanes.split(sizes, LANE_TOKENS, len(self._parts))
         shares = zip(self._parts, cuts, strict=False)
         jobs = [partial(lane.run, batch.chunks[cut], slots) for lane, cut in shares]
         return [outcome for outcomes in self._lanes.run(jobs) for outcome in outcomes]
@@ -60,11 +68,11 @@ class Sampler:
 
 
 class SampleLane:
-    """One thread's share of a sampling step."""
+    """A part of a sampling step: all of it, or one thread's share."""
 
-    def __init__(self, model: Model, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
-        self._device = model.head.weight.device
+    def __init__(self, model: Model, cache: KVCache | TiledCache, together: Together) -> None:
+        self._model, self._cache, self._together = model, cache, together
+        self._device = model.head.device
         self._stack = AdapterStack([])
 
     @torch.inference_mode()
@@ -76,10 +84,13 @@ class SampleLane:
         tokens_T = np.concatenate([chunk.tokens_N for chunk in chunks])
         positions = [np.arange(c.start, c.start + len(c.tokens_N)) for c in chunks]
         positions_T = np.concatenate(positions)
-        attention = self._attention(chunks, positions)
-        hidden_TD = self._model.forward(
-            self._to(tokens_T), self._to(positions_T), Batch(attention, adapters)
-        )
+        places = self._to(tokens_T), self._to(positions_T)
+        if isinstance(self._cache, TiledCache):
+            pages = self._tiled_pages(chunks, lengths_S, self._cache)
+            hidden_TD = self._model.sample(*places, pages, adapters)
+        else:
+            attention = self._attention(chunks, positions, self._cache)
+            hidden_TD = self._model.forward(*places, Batch(attention, adapters))
         ends_S = np.cumsum(lengths_S)
         drawn = self._draw(chunks, hidden_TD, ends_S - 1, slot_S)
         outcomes = []
@@ -108,8 +119,17 @@ class SampleLane:
             return None
         return AdapterBatch(self._stack, self._to(slot_T))
 
-    def _attention(self, chunks: Sequence[Chunk], positions: Sequence[IntArray]) -> PagedAttention:
-        page_tokens = self._cache.page_tokens
+    def _tiled_pages(
+        self, chunks: Sequence[Chunk], lengths_S: IntArray, cache: TiledCache
+    ) -> TiledPages:
+        blocks_SB = cache.blocks(page_table(chunks, cache.page_tokens))
+        sequence_T = np.repeat(np.arange(len(chunks)), lengths_S)
+        return TiledPages(cache, sequence_T, blocks_SB, self._together)
+
+    def _attention(
+        self, chunks: Sequence[Chunk], positions: Sequence[IntArray], cache: KVCache
+    ) -> PagedAttention:
+        page_tokens = cache.page_tokens
         starts_S = np.cumsum([0, *(len(chunk.tokens_N) for chunk in chunks)])
         slot_T = np.concatenate(
             [
@@ -119,18 +139,19 @@ class SampleLane:
         )
         buckets = length_buckets([len(chunk.tokens_N) for chunk in chunks])
         groups = [
-            self._group([(chunks[i], int(starts_S[i])) for i in bucket]) for bucket in buckets
+            self._group([(chunks[i], int(starts_S[i])) for i in bucket], page_tokens)
+            for bucket in buckets
         ]
-        return PagedAttention(self._cache, slot_T, groups)
+        return PagedAttention(cache, slot_T, groups)
 
-    def _group(self, members: Sequence[tuple[Chunk, int]]) -> PagedGroup:
+    def _group(self, members: Sequence[tuple[Chunk, int]], page_tokens: int) -> PagedGroup:
         lengths_S = np.array([len(chunk.tokens_N) for chunk, _ in members])
         steps_L = np.arange(lengths_S.max())
         rows_S = np.array([row for _, row in members])
         real_SL = steps_L < lengths_S[:, None]
         query_SL = rows_S[:, None] + np.minimum(steps_L, lengths_S[:, None] - 1)
         starts_S = np.array([chunk.start for chunk, _ in members])
-        pages_SP = page_table([chunk for chunk, _ in members], self._cache.page_tokens)
+        pages_SP = page_table([chunk for chunk, _ in members], page_tokens)
         at_SL = starts_S[:, None] + np.minimum(steps_L, lengths_S[:, None] - 1)
         sight = Sight(at_SL, self._model.window, self._device)
         return PagedGroup(self._to(query_SL), self._to(real_SL), pages_SP, sight)
@@ -181,7 +202,7 @@ class SampleLane:
 
     def _logits(self, hidden_RD: Tensor, slot_R: IntArray) -> Tensor:
         head = self._model.head
-        return head.forward(hidden_RD, head.delta(self._adapters(slot_R)))[0]
+        return head.forward(hidden_RD, self._adapters(slot_R), self._together)[0]
 
     def _to(self, array: AnyArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

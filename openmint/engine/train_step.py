@@ -103,7 +103,7 @@ class TrainLane:
 
     def __init__(self, model: Model, lane: int) -> None:
         self._model, self._lane = model, lane
-        self._device = model.head.weight.device
+        self._device = model.head.device
         self._stack = AdapterStack([])
 
     def run(self, items: Sequence[Item]) -> None:
@@ -182,8 +182,7 @@ def head_chunk(
 ) -> tuple[FloatArray, Tensor]:
     """Target log-probabilities `[C, K]` and losses `[C]`; gradients go where they belong."""
     head, targets_CK = model.head, chunk.targets_CK
-    delta = head.delta(adapters)
-    logits_CV, head_hidden_CR = head.forward(chunk.hidden_CD, delta)
+    logits_CV, head_hidden_CR = head.forward(chunk.hidden_CD, adapters)
     norms_C = logprobs.norms(logits_CV)
     chosen_CK = logits_CV.gather(1, torch.from_numpy(targets_CK).to(logits_CV.device))
     logprobs_CK = chosen_CK.float().cpu() - torch.from_numpy(norms_C)[:, None]
@@ -199,7 +198,7 @@ def head_chunk(
             rows = rows.to(logits_CV.device)
             few = None if head_hidden_CR is None else head_hidden_CR[rows]
             hidden_RD = chunk.hidden_CD[rows]
-            chunk.grad_CD[rows] = head.backward(grad_RV, hidden_RD, few, delta, adapters)
+            chunk.grad_CD[rows] = head.backward(grad_RV, hidden_RD, few, adapters.at(rows))
     return logprobs_CK.detach().numpy(), losses_C
 
 

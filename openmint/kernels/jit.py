@@ -41,8 +41,14 @@ def kernel(function: Kernel) -> Kernel:
     return compile_lazily(function)
 
 
+def piece(function: Kernel) -> Kernel:
+    """A function that kernels call, compiled with them."""
+    compile_lazily: Any = njit(fastmath=FAST, error_model="numpy", boundscheck=False)
+    return compile_lazily(function)
+
+
 def inlined(function: Kernel) -> Kernel:
-    """A piece of kernels, compiled into each of them."""
+    """A piece of kernels' expressions, compiled into each of them."""
     compile_lazily: Any = njit(inline="always", fastmath=FAST, error_model="numpy")
     return compile_lazily(function)
 

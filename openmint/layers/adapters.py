@@ -8,8 +8,8 @@ that the rows of both belong to one adapter and adapters of any rank stack by co
 that share an input, such as q, k and v, share one product with their stacked A's, then each has one
 with its B's, however many adapters there are: `h_TR = x_TI @ A_RI.T`, zero where row r isn't the
 token's own adapter, `y_TO += h_TR @ B_RO`. The same zeros keep each adapter's gradient its own:
-`dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O); a GPU kernel that skips the zero blocks (SGMV,
-arXiv:2310.18547) can stand in for `LoraDelta` behind the same interface.
+`dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O). The tiled kernels of CPUs do without the zero
+blocks, as SGMV (arXiv:2310.18547) does on GPUs: each row is multiplied with its own adapter.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from openmint.types import Digest, LoraSpec, TargetGroup, TargetModule
+from openmint.kernels import linear as tiled
+from openmint.types import Digest, IntArray, LoraSpec, TargetGroup, TargetModule
+
+Direction = Literal["forth", "back"]
+"""Which way a linear layer runs."""
 
 
 class AdapterLayout:
@@ -59,6 +65,18 @@ class AdapterWeights:
         self.spec = layout.spec
         self.flat_P = flat_P
         self.views = layout.views(flat_P)
+        self._tiles: dict[tuple[tuple[str, ...], Direction], tuple[Tensor, Tensor]] = {}
+
+    def tiles(self, paths: tuple[str, ...], direction: Direction) -> tuple[Tensor, Tensor]:
+        """The strips and panels of targets with one input, made once; kept as long as the adapter.
+
+        Threads may ask at once: all of them get the same.
+        """
+        key = (paths, direction)
+        if key not in self._tiles:
+            pack = tiled.pack_forth if direction == "forth" else tiled.pack_back
+            self._tiles.setdefault(key, pack([self.views[path] for path in paths]))
+        return self._tiles[key]
 
     @property
     def num_bytes(self) -> int:
@@ -96,12 +114,44 @@ class LoraDelta:
         return h_TR * self.scale_R
 
 
+class HasPaths(Protocol):
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+
+
 class AdapterStack:
     """The adapters that a batch uses, stacked by rows; built once, reused while the set lasts."""
 
     def __init__(self, adapters: Sequence[AdapterWeights]) -> None:
         self.adapters = tuple(adapters)
         self._stacked: dict[tuple[str, ...], StackedTargets] = {}
+        self._addresses: dict[tuple[tuple[str, ...], Direction], tuple[IntArray, IntArray]] = {}
+        self._table: tuple[IntArray, IntArray] | None = None
+        self.rank_S = np.array([self.padded_rank(s) for s in range(len(adapters))], np.int64)
+        self.scale_S = np.array([a.spec.scaling for a in adapters], np.float32)
+
+    def padded_rank(self, slot: int) -> int:
+        """Rows of one target in the tiles of a slot's adapter."""
+        return tiled.padded(self.adapters[slot].spec.rank)
+
+    def addresses(self, paths: tuple[str, ...], direction: Direction) -> tuple[IntArray, IntArray]:
+        """Where each slot's strips and panels of these targets are; 0 where it has none."""
+        key = (paths, direction)
+        if key not in self._addresses:
+            shrink_S, expand_S = np.zeros((2, len(self.adapters)), np.int64)
+            for slot, adapter in enumerate(self.adapters):
+                if paths[0] in adapter.views:
+                    strips, panels = adapter.tiles(paths, direction)
+                    shrink_S[slot], expand_S[slot] = strips.data_ptr(), panels.data_ptr()
+            self._addresses[key] = (shrink_S, expand_S)
+        return self._addresses[key]
+
+    def table(self, layers: Sequence[HasPaths]) -> tuple[IntArray, IntArray]:
+        """`addresses` of many layers' forward pass, `[N, S]` each; made once."""
+        if self._table is None:
+            both = [self.addresses(layer.paths, "forth") for layer in layers]
+            self._table = np.stack([s for s, _ in both]), np.stack([e for _, e in both])
+        return self._table
 
     def members(self, group: TargetGroup) -> list[int]:
         """Slots whose adapter has targets in `group`."""
@@ -139,12 +189,18 @@ class GradientSink:
         pairs = zip(stack.adapters, grads_SP, strict=True)
         self._views = [adapter.layout.views(grad_P) for adapter, grad_P in pairs]
 
-    def add(self, group: TargetGroup, path: str, grad_a_RI: Tensor, grad_b_RO: Tensor) -> None:
+    def add(self, slot: int, path: str, grad_a_RI: Tensor, grad_b_RO: Tensor) -> None:
+        """Add to the gradient of one slot's target."""
+        a_RI, b_RO = self._views[slot][path]
+        a_RI += grad_a_RI
+        b_RO += grad_b_RO
+
+    def add_stacked(
+        self, group: TargetGroup, path: str, grad_a_RI: Tensor, grad_b_RO: Tensor
+    ) -> None:
         """Add one target's gradients, all slots' rows in order."""
         for slot, start, stop in self._stack.row_ranges(group):
-            a_RI, b_RO = self._views[slot][path]
-            a_RI += grad_a_RI[start:stop]
-            b_RO += grad_b_RO[start:stop]
+            self.add(slot, path, grad_a_RI[start:stop], grad_b_RO[start:stop])
 
 
 class AdapterBatch:
@@ -158,6 +214,10 @@ class AdapterBatch:
         self._slot_T = slot_T
         self._selectors: dict[tuple[TargetGroup, int], tuple[Tensor | None, Tensor | float]] = {}
 
+    def at(self, rows: Tensor) -> AdapterBatch:
+        """The same for some of the tokens."""
+        return AdapterBatch(self.stack, self._slot_T[rows], self.sink)
+
     def delta(self, group: TargetGroup, paths: tuple[str, ...]) -> LoraDelta | None:
         """The update of targets with one input, or None when no adapter of the batch has them."""
         if not self.stack.members(group):
@@ -166,6 +226,26 @@ class AdapterBatch:
         if key not in self._selectors:
             self._selectors[key] = self._select(*key)
         return LoraDelta(self.stack.stacked(paths), *self._selectors[key])
+
+    def slots(self, paths: tuple[str, ...], direction: Direction) -> tiled.Slots:
+        """The adapters of these targets as the tiled kernels read them."""
+        stack = self.stack
+        addresses = stack.addresses(paths, direction)
+        return tiled.Slots(self.slot_rows, *addresses, stack.rank_S, stack.scale_S, len(paths))
+
+    @cached_property
+    def slot_rows(self) -> IntArray:
+        """Each token's slot, on the host."""
+        slot_T: IntArray = self._slot_T.cpu().numpy()
+        return slot_T
+
+    @cached_property
+    def runs(self) -> list[tuple[int, slice]]:
+        """Consecutive rows of one adapter, slot by slot as they stand."""
+        edges = np.flatnonzero(np.diff(self.slot_rows)) + 1
+        starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(self.slot_rows)]
+        runs = [(int(self.slot_rows[a]), slice(a, b)) for a, b in zip(starts, stops, strict=True)]
+        return [(slot, rows) for slot, rows in runs if slot >= 0]
 
     @cached_property
     def _is_uniform(self) -> bool:

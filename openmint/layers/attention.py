@@ -15,8 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openmint.kernels import attend as tiled
 from openmint.kernels import paged
+from openmint.kernels.attend import BLOCK, block_shapes
 from openmint.kernels.softmax import softmax_, softmax_backward_
+from openmint.kernels.team import Together
+from openmint.kernels.tile import IS_AVAILABLE
 from openmint.types import IntArray
 
 MAX_PADDING = 1.25
@@ -136,6 +140,12 @@ def is_plain(q: Tensor, num_keys: int) -> bool:
     return q.device.type == "cpu" and num_keys <= PLAIN_TOKENS
 
 
+def is_tiled(q: Tensor) -> bool:
+    """Whether the tiled kernel attends, as it does where a model is sampled in tiles."""
+    on_cpu = q.device.type == "cpu" and IS_AVAILABLE
+    return on_cpu and q.dtype == torch.bfloat16 and q.shape[-1] % BLOCK == 0
+
+
 def attend(q_SLHD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, sight: Sight) -> Tensor:
     """Attention output `[S, L, H, D]`. Training and sampling share `_plain`, so they agree."""
     q_SGQD = _grouped(q_SLHD, k_SGKD.shape[1])
@@ -182,8 +192,15 @@ class _PlainPacked(torch.autograd.Function):
             q_SLHD, k_SLGD, v_SLGD = (packed.take(x, bucket) for x in (q_THD, k_TGD, v_TGD))
             k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
             q_SGQD = _grouped(q_SLHD, k_SGLD.shape[1])
-            out_SGQD, probs_SGQK = _plain(q_SGQD, k_SGLD, v_SGLD, bucket.sight)
-            outputs.append(_ungrouped(out_SGQD, q_SLHD.shape).flatten(0, 1))
+            if is_tiled(q_SLHD):
+                sight = bucket.sight
+                out_SLHD, probs_SGQK = tiled.forward(
+                    q_SLHD, k_SLGD, v_SLGD, sight.at_SL, sight.window
+                )
+            else:
+                out_SGQD, probs_SGQK = _plain(q_SGQD, k_SGLD, v_SGLD, bucket.sight)
+                out_SLHD = _ungrouped(out_SGQD, q_SLHD.shape)
+            outputs.append(out_SLHD.flatten(0, 1))
             kept += [q_SGQD, k_SGLD, v_SGLD, probs_SGQK]
         ctx.save_for_backward(*kept)
         ctx.packed, ctx.heads_shape = packed, q_THD.shape
@@ -237,6 +254,37 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     raw = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype)
+
+
+class TiledCache:
+    """Paged keys and values of every layer in the layout of `kernels/attend.py`."""
+
+    def __init__(
+        self, num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_dim: int
+    ) -> None:
+        """`page_tokens` is a multiple of 16."""
+        self.page_tokens = page_tokens
+        num_blocks = num_pages * page_tokens // BLOCK
+        # numpy's zeros take memory only when they are written to.
+        self.keys_LB, self.values_LB = (
+            np.zeros((num_layers, num_blocks, *shape), np.uint16)
+            for shape in block_shapes(num_kv_heads, head_dim)
+        )
+
+    def blocks(self, pages_SP: IntArray) -> IntArray:
+        """The blocks of the pages, in order."""
+        each = self.page_tokens // BLOCK
+        return (pages_SP[:, :, None] * each + np.arange(each)).reshape(len(pages_SP), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class TiledPages:
+    """New tokens of many sequences over their pages, for kernels that compute a whole stack."""
+
+    cache: TiledCache
+    sequence_T: IntArray
+    blocks_SB: IntArray
+    together: Together
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,54 +5,23 @@ Shapes: T tokens, I in, O out, R adapter rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openmint.layers.adapters import AdapterBatch, LoraDelta
+from openmint.kernels import linear as tiled
+from openmint.kernels.team import Together, alone
+from openmint.kernels.tile import IS_AVAILABLE, STRIP
+from openmint.layers.adapters import AdapterBatch
 from openmint.types import TargetGroup, TargetModule
 
-
-class FrozenWeight:
-    """A weight that is only ever multiplied with: `x @ W.T`, and `y @ W` on the way back.
-
-    In bf16 on CPUs it is laid out once for each direction as oneDNN wants it (up to 1.9x faster at
-    one row, 5 % at hundreds), and the plain tensor is not kept.
-    """
-
-    def __init__(self, weight_OI: Tensor) -> None:
-        self.num_out, self.num_in = weight_OI.shape
-        self.dtype, self.device = weight_OI.dtype, weight_OI.device
-        self._is_packed = (
-            self.device.type == "cpu"
-            and self.dtype == torch.bfloat16
-            and bool(torch._C._has_mkldnn)
-        )
-        if self._is_packed:
-            self._forth, self._back = _packed(weight_OI), _packed(weight_OI.t().contiguous())
-        else:
-            self._forth, self._back = weight_OI, weight_OI.t()
-
-    def forward(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return self._multiply(x_TI, self._forth, bias_O)
-
-    def backward(self, grad_TO: Tensor) -> Tensor:
-        return self._multiply(grad_TO, self._back, None)
-
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self._is_packed:
-            return F.linear(x, weight, bias)
-        # The op behind torch.compile's frozen bf16 linears.
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
-
-
-def _packed(weight_OI: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 1)
-    return packed
+PartWeights = tuple[str, Tensor, Tensor | None]
+"""`(path, weight_OI, bias_O)` of one target module of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,39 +34,62 @@ class Part:
 
 
 class LoraLinear:
-    """One frozen GEMM, perhaps several fused targets (q, k, v), plus the batch's adapters."""
+    """One frozen weight, perhaps of several fused targets (q, k, v), plus the batch's adapters.
 
-    def __init__(self, group: TargetGroup, parts: list[tuple[str, Tensor, Tensor | None]]) -> None:
-        """`parts` are `(path, weight_OI, bias_O)` in output order."""
+    `TorchLinear` is the reference and runs anywhere; `TiledLinear` is it on AVX512-BF16.
+    """
+
+    def __init__(self, group: TargetGroup, parts: Sequence[PartWeights]) -> None:
+        """`parts` in output order."""
         self.group = group
-        weights = [weight for _, weight, _ in parts]
-        self.weight = FrozenWeight(weights[0] if len(weights) == 1 else torch.cat(weights))
-        biases = [bias for _, _, bias in parts if bias is not None]
-        self.bias_O = torch.cat(biases) if biases else None
+        self.dtype, self.device = parts[0][1].dtype, parts[0][1].device
+        self.num_in, self.num_out = parts[0][1].shape[1], 0
         self.parts: list[Part] = []
-        start = 0
-        for path, weight, _ in parts:
-            self.parts.append(Part(path, start, start + weight.shape[0]))
-            start += weight.shape[0]
-        self._paths = tuple(part.path for part in self.parts)
+        for path, weight_OI, _ in parts:
+            stop = self.num_out + len(weight_OI)
+            self.parts.append(Part(path, self.num_out, stop))
+            self.num_out = stop
+        self.paths = tuple(part.path for part in self.parts)
 
     @property
     def targets(self) -> list[TargetModule]:
-        num_in = self.weight.num_in
-        return [TargetModule(p.path, self.group, num_in, p.stop - p.start) for p in self.parts]
+        return [TargetModule(p.path, self.group, self.num_in, p.stop - p.start) for p in self.parts]
 
     def __call__(self, x_TI: Tensor, adapters: AdapterBatch | None) -> Tensor:
         if x_TI.requires_grad:
             out: Tensor = _TrainedLinear.apply(x_TI, self, adapters)
             return out
-        return self.forward(x_TI, self.delta(adapters))[0]
+        return self.forward(x_TI, adapters)[0]
 
-    def delta(self, adapters: AdapterBatch | None) -> LoraDelta | None:
-        return adapters.delta(self.group, self._paths) if adapters else None
+    def forward(
+        self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together = alone
+    ) -> tuple[Tensor, Tensor | None]:
+        """`y_TO`, and the adapters' hidden values, which the backward pass wants again. `together`
+        are threads that may share the work."""
+        raise NotImplementedError
 
-    def forward(self, x_TI: Tensor, delta: LoraDelta | None) -> tuple[Tensor, Tensor | None]:
-        """`y_TO`, and the adapters' `h_TR`, which the backward pass wants again."""
-        y_TO = self.weight.forward(x_TI, self.bias_O)
+    def backward(
+        self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
+    ) -> Tensor:
+        """`dL/dx_TI`; adapter gradients go to the batch's sink, the frozen weight gets none."""
+        raise NotImplementedError
+
+
+class TorchLinear(LoraLinear):
+    """All adapters of a batch stacked: two products per target, however many there are."""
+
+    def __init__(self, group: TargetGroup, parts: Sequence[PartWeights]) -> None:
+        super().__init__(group, parts)
+        weights = [weight for _, weight, _ in parts]
+        self._weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
+        biases = [bias for _, _, bias in parts if bias is not None]
+        self._bias_O = torch.cat(biases) if biases else None
+
+    def forward(
+        self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together = alone
+    ) -> tuple[Tensor, Tensor | None]:
+        y_TO = F.linear(x_TI, self._weight_OI, self._bias_O)
+        delta = adapters.delta(self.group, self.paths) if adapters else None
         if delta is None:
             return y_TO, None
         h_TR = delta.select(F.linear(x_TI, delta.stacked.a_RI))
@@ -106,29 +98,96 @@ class LoraLinear:
         return y_TO, h_TR
 
     def backward(
-        self,
-        grad_y_TO: Tensor,
-        x_TI: Tensor,
-        h_TR: Tensor | None,
-        delta: LoraDelta | None,
-        adapters: AdapterBatch | None,
+        self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
     ) -> Tensor:
-        """`dL/dx_TI`; adapter gradients go to the batch's sink, the frozen weight gets none."""
-        grad_x_TI = self.weight.backward(grad_y_TO)
-        if delta is None or h_TR is None:
+        grad_x_TI = grad_TO @ self._weight_OI
+        delta = adapters.delta(self.group, self.paths) if adapters else None
+        if delta is None or h_TR is None or adapters is None:
             return grad_x_TI
         stacked = delta.stacked
-        grads_TO = [grad_y_TO[:, part.start : part.stop] for part in self.parts]
+        grads_TO = [grad_TO[:, part.start : part.stop] for part in self.parts]
         pairs = zip(grads_TO, stacked.bs_RO, strict=True)
         grad_h_TR = delta.select(torch.cat([F.linear(grad, b_RO) for grad, b_RO in pairs], dim=1))
         grad_x_TI.addmm_(grad_h_TR, stacked.a_RI)
-        if adapters is not None and adapters.sink is not None:
+        if adapters.sink is not None:
             grad_a_RI = grad_h_TR.t() @ x_TI
-            for i, (part, grad_TO) in enumerate(zip(self.parts, grads_TO, strict=True)):
+            for i, (part, grad_part_TO) in enumerate(zip(self.parts, grads_TO, strict=True)):
                 rows = stacked.rows(i)
-                grad_b_RO = h_TR[:, rows].t() @ grad_TO
-                adapters.sink.add(self.group, part.path, grad_a_RI[rows], grad_b_RO)
+                grad_b_RO = h_TR[:, rows].t() @ grad_part_TO
+                adapters.sink.add_stacked(self.group, part.path, grad_a_RI[rows], grad_b_RO)
         return grad_x_TI
+
+
+class TiledLinear(LoraLinear):
+    """bfloat16 on AVX512-BF16: weights laid out once for each direction, adapters row by row."""
+
+    def __init__(self, group: TargetGroup, parts: Sequence[PartWeights]) -> None:
+        super().__init__(group, parts)
+        weights = [weight for _, weight, _ in parts]
+        biases = [bias for _, _, bias in parts if bias is not None]
+        bias_O = torch.cat(biases).float().numpy() if biases else np.empty(0, np.float32)
+        self._forth, self._forth_memory = _weights(weights, bias_O)
+        back = torch.cat(weights).t().contiguous()
+        self._back, self._back_memory = _weights([back], np.empty(0, np.float32))
+        self._ends_N = np.array([part.stop for part in self.parts])
+
+    @staticmethod
+    def suits(parts: Sequence[PartWeights]) -> bool:
+        """Whether these weights, on this machine, can be multiplied in tiles."""
+        weights = [weight for _, weight, _ in parts]
+        is_bf16 = all(w.device.type == "cpu" and w.dtype == torch.bfloat16 for w in weights)
+        return IS_AVAILABLE and is_bf16 and all(n % STRIP == 0 for w in weights for n in w.shape)
+
+    @property
+    def weights(self) -> tiled.Weights:
+        return self._forth
+
+    def forward(
+        self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together = alone
+    ) -> tuple[Tensor, Tensor | None]:
+        slots = adapters.slots(self.paths, "forth") if adapters else tiled.NO_ADAPTERS
+        return tiled.forward(x_TI.contiguous(), self.num_out, self._forth, slots, together)
+
+    def backward(
+        self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
+    ) -> Tensor:
+        grad_TO = grad_TO.contiguous()
+        slots = adapters.slots(self.paths, "back") if adapters else tiled.NO_ADAPTERS
+        grad_x_TI, grad_h_TR = tiled.backward(grad_TO, self._ends_N, self.num_in, self._back, slots)
+        if adapters is not None and adapters.sink is not None and h_TR is not None:
+            for slot, rows in adapters.runs:
+                if self.paths[0] in adapters.stack.adapters[slot].views:
+                    hidden = h_TR[rows], grad_h_TR[rows]
+                    self._give(adapters, slot, grad_TO[rows], x_TI[rows], *hidden)
+        return grad_x_TI
+
+    def _give(
+        self,
+        adapters: AdapterBatch,
+        slot: int,
+        grad_NO: Tensor,
+        x_NI: Tensor,
+        h_NR: Tensor,
+        grad_h_NR: Tensor,
+    ) -> None:
+        """Add the gradients of one slot, from rows that are all its own, to the sink."""
+        assert adapters.sink is not None
+        padded = adapters.stack.padded_rank(slot)
+        grad_a_RI = grad_h_NR[:, : padded * len(self.parts)].t() @ x_NI
+        for i, part in enumerate(self.parts):
+            rows = slice(i * padded, i * padded + adapters.stack.adapters[slot].spec.rank)
+            grad_b_RO = h_NR[:, rows].t() @ grad_NO[:, part.start : part.stop]
+            adapters.sink.add(slot, part.path, grad_a_RI[rows], grad_b_RO)
+
+
+def lora_linear(group: TargetGroup, parts: Sequence[PartWeights]) -> LoraLinear:
+    """The fastest kind for these weights on this machine."""
+    return (TiledLinear if TiledLinear.suits(parts) else TorchLinear)(group, parts)
+
+
+def _weights(weights: Sequence[Tensor], bias_O: Any) -> tuple[tiled.Weights, Tensor]:
+    memory, panels_P3 = tiled.pack(weights)
+    return tiled.Weights(memory.data_ptr(), panels_P3, bias_O, weights[0].shape[1]), memory
 
 
 class _TrainedLinear(torch.autograd.Function):
@@ -138,14 +197,13 @@ class _TrainedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_TI: Tensor, linear: LoraLinear, adapters: AdapterBatch | None
     ) -> Tensor:
-        delta = linear.delta(adapters)
-        y_TO, h_TR = linear.forward(x_TI, delta)
+        y_TO, h_TR = linear.forward(x_TI, adapters)
         ctx.save_for_backward(x_TI, h_TR)
-        ctx.call = (linear, delta, adapters)
+        ctx.call = (linear, adapters)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        linear, delta, adapters = ctx.call
+        linear, adapters = ctx.call
         x_TI, h_TR = ctx.saved_tensors
-        return linear.backward(grads[0], x_TI, h_TR, delta, adapters), None, None
+        return linear.backward(grads[0], x_TI, h_TR, adapters), None, None

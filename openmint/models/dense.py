@@ -14,11 +14,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from openmint.errors import InvalidRequest
-from openmint.layers.linear import LoraLinear
+from openmint.layers.adapters import AdapterBatch
+from openmint.layers.attention import TiledPages
+from openmint.layers.linear import LoraLinear, lora_linear
 from openmint.layers.norm import rms_norm
 from openmint.layers.rotary import Rotary, rotate
 from openmint.layers.swiglu import silu_gate
 from openmint.models.model import Batch, CacheShape
+from openmint.models.tiled_dense import TiledDense
 from openmint.models.weights import Weights
 from openmint.types import TargetGroup, TargetModule
 
@@ -43,7 +46,7 @@ class DenseLayer:
         def linear(group: TargetGroup, *paths: str) -> LoraLinear:
             names = [f"{prefix}.{path}" for path in paths]
             parts = [(n, weights[f"{n}.weight"], weights.get(f"{n}.bias")) for n in names]
-            return LoraLinear(group, parts)
+            return lora_linear(group, parts)
 
         self.qkv = linear("attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.out = linear("attn", "self_attn.o_proj")
@@ -86,18 +89,34 @@ class DenseModel:
         self.layers = [DenseLayer(config, weights, i) for i in range(config.num_hidden_layers)]
         self.final_norm_D = weights["model.norm.weight"]
         head_VD = self.embedding_VD if config.tie_word_embeddings else weights["lm_head.weight"]
-        self.head = LoraLinear("unembed", [("lm_head", head_VD, None)])
+        self.head = lora_linear("unembed", [("lm_head", head_VD, None)])
         self.eps = config.rms_norm_eps
         self.window = _window(config)
         self.rotary = Rotary(config, _head_dim(config), str(self.embedding_VD.device))
         self.cache_shape = CacheShape(
             config.num_hidden_layers, config.num_key_value_heads, _head_dim(config)
         )
+        self._tiled = TiledDense(self) if TiledDense.suits(self) else None
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:
         linears = [x for y in self.layers for x in (y.qkv, y.out, y.gate_up, y.down)]
         return tuple(target for linear in (*linears, self.head) for target in linear.targets)
+
+    @property
+    def is_tiled(self) -> bool:
+        return self._tiled is not None
+
+    def sample(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        pages: TiledPages,
+        adapters: AdapterBatch | None,
+    ) -> Tensor:
+        assert self._tiled is not None
+        x_TD = F.embedding(tokens_T, self.embedding_VD)
+        return self._tiled.forward(x_TD, positions_T, pages, adapters)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: Batch) -> Tensor:
         x_TD = F.embedding(tokens_T, self.embedding_VD)

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from openmint.layers.adapters import AdapterBatch
-from openmint.layers.attention import Attention
+from openmint.layers.attention import Attention, TiledPages
 from openmint.layers.linear import LoraLinear
 from openmint.types import TargetModule
 
@@ -42,6 +42,21 @@ class Model(Protocol):
     @property
     def targets(self) -> tuple[TargetModule, ...]:
         """Modules that adapters may change, in the fixed order of the flat adapter layout."""
+        ...
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether `sample` may be called: a kernel computes the whole stack."""
+        ...
+
+    def sample(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        pages: TiledPages,
+        adapters: AdapterBatch | None,
+    ) -> Tensor:
+        """`forward` of tokens over their pages, the same to the bit, by a team of threads."""
         ...
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openmint.engine.plan import Chunk
 from openmint.engine.sample_step import SampleLane
+from openmint.kernels.team import alone
 from openmint.layers import attention
 from openmint.layers.attention import MAX_PADDING, KVCache, PackedAttention, length_buckets
 from openmint.models.model import CacheShape
@@ -80,13 +81,13 @@ def paged_sampler(window: int | None, num_pages: int) -> SampleLane:
     model: Any = SimpleNamespace(
         window=window,
         cache_shape=CacheShape(2, KV_HEADS, DIM),
-        head=SimpleNamespace(weight=torch.zeros(1)),
+        head=torch.zeros(1),
     )
     cache = KVCache(2, num_pages, PAGE, KV_HEADS, DIM, torch.float32, CPU)
     # What an earlier owner left in a page must never be seen.
     cache.keys.fill_(1e3)
     cache.values.fill_(1e6)
-    return SampleLane(model, cache)
+    return SampleLane(model, cache, alone)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -115,7 +116,7 @@ def test_paged_attention_is_the_same_however_the_tokens_are_cut(
         ]
         positions = [np.arange(done[i], stops[i]) for i in going]
         rows = torch.cat([torch.arange(starts[i] + done[i], starts[i] + stops[i]) for i in going])
-        paged = sampler._attention(chunks, positions)
+        paged = sampler._attention(chunks, positions, sampler._cache)
         out = paged.attend(1, q[rows], k[rows], v[rows])
         for i, part in zip(going, out.split([stops[i] - done[i] for i in going]), strict=True):
             wanted = expected[i][done[i] : stops[i]]
@@ -131,12 +132,15 @@ def test_what_an_overflow_leaves_in_a_page_reaches_nobody_else(poison: float) ->
     sampler = paged_sampler(None, 6)
     every = Chunk(0, np.zeros(24, np.int64), 0, tuple(range(6)), None, None)
     bad = torch.full((24, KV_HEADS, DIM), poison)
-    sampler._attention([every], [np.arange(24)]).attend(0, torch.ones(24, HEADS, DIM), bad, bad)
+    sampler._attention([every], [np.arange(24)], sampler._cache).attend(
+        0, torch.ones(24, HEADS, DIM), bad, bad
+    )
     chunks = [
         Chunk(i, np.zeros(length, np.int64), 0, pages, None, None)
         for i, (length, pages) in enumerate(zip(lengths, ((1, 3), (2, 4, 5)), strict=True))
     ]
-    paged = sampler._attention(chunks, [np.arange(length) for length in lengths])
+    at = [np.arange(length) for length in lengths]
+    paged = sampler._attention(chunks, at, sampler._cache)
     torch.testing.assert_close(paged.attend(0, q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 

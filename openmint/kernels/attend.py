@@ -1,0 +1,165 @@
+"""Causal attention of single queries over blocks of keys and values, on AVX512-BF16.
+
+S sequences, L padded length, T tokens, H query heads, G key heads, I query heads of one key head, D
+head size, B blocks, N keys. A block holds 16 tokens, laid out for tiles: keys `[D / 2, 16, 2]`,
+values `[8, D, 2]`. Trainer and sampler call the same function row by row: they agree to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmint.kernels.jit import F32, as_array, exp, kernel, largest, load, piece, rounded
+from openmint.kernels.paged import LARGEST
+from openmint.kernels.tile import PANEL, add_slim_tile, add_tile, slim_tile
+from openmint.types import IntArray
+
+BLOCK = 16
+"""Tokens of a block."""
+MOST_QUERIES = 4
+"""Query heads that go through the tiles together."""
+
+
+def block_shapes(num_heads: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a block's keys and of its values."""
+    return (num_heads, width // 2, BLOCK, 2), (num_heads, BLOCK // 2, width, 2)
+
+
+@piece
+def place(keys_GD: Any, values_GD: Any, index: Any, keys_B: Any, values_B: Any) -> None:
+    """Put one token into the blocks of one layer, at `index` in `block * 16 + offset`.
+
+    Finite values only: blocks are handed on, and zero times NaN is NaN.
+    """
+    block, token = index // BLOCK, index % BLOCK
+    for g in range(keys_GD.shape[0]):
+        for d in range(keys_GD.shape[1]):
+            keys_B[block, g, d // 2, token, d % 2] = _finite(keys_GD[g, d], keys_GD)
+            values_B[block, g, token // 2, d, token % 2] = _finite(values_GD[g, d], values_GD)
+
+
+@piece
+def _finite(element: Any, like: Any) -> Any:
+    value = load(element)
+    value = value if value == value else F32(0.0)
+    return rounded(min(max(value, F32(-LARGEST)), F32(LARGEST)), like)
+
+
+@piece
+def _soften(scores_N: Any, probs_N: Any, scale: Any) -> None:
+    top, total = largest(scores_N), F32(0.0)
+    for n in range(len(scores_N)):
+        scores_N[n] = exp((scores_N[n] - top) * scale)
+    for n in range(len(scores_N)):
+        total += scores_N[n]
+    share = F32(1.0) / total
+    for n in range(len(scores_N)):
+        probs_N[n] = rounded(scores_N[n] * share, probs_N)
+
+
+@piece
+def attend(
+    q_ID: Any,
+    at: Any,
+    window: Any,
+    keys_B: Any,
+    values_B: Any,
+    blocks_B: Any,
+    g: Any,
+    scores_IN: Any,
+    probs_IN: Any,
+    out_ID: Any,
+) -> None:
+    """Attention of the query heads of key head `g` at position `at`, in float32; the probabilities
+    of keys `0..at` in whole blocks, zero where the query doesn't see."""
+    width = q_ID.shape[1]
+    scale = F32(1.0) / np.sqrt(F32(width))
+    first, stop = max(0, at - window + 1), at + 1
+    first_block, stop_block = first // BLOCK, (stop + BLOCK - 1) // BLOCK
+    row = 4 * scores_IN.shape[1]
+    for i in range(0, len(q_ID), MOST_QUERIES):
+        rows = min(MOST_QUERIES, len(q_ID) - i)
+        q, scores = q_ID[i].ctypes.data, scores_IN[i].ctypes.data
+        for b in range(first_block, stop_block):
+            keys = keys_B[blocks_B[b], g].ctypes.data
+            out = scores + 4 * BLOCK * b
+            slim_tile(rows, q, 2 * width, keys, 4 * BLOCK, width // 2, out, row)
+    for i in range(len(q_ID)):
+        probs_IN[i, :first] = 0
+        probs_IN[i, stop : stop_block * BLOCK] = 0
+        _soften(scores_IN[i, first:stop], probs_IN[i, first:stop], scale)
+    out_ID[:] = F32(0.0)
+    for i in range(0, len(q_ID), MOST_QUERIES):
+        rows = min(MOST_QUERIES, len(q_ID) - i)
+        probs, out = probs_IN[i].ctypes.data, out_ID[i].ctypes.data
+        for b in range(first_block, stop_block):
+            values = values_B[blocks_B[b], g].ctypes.data
+            _add_values(rows, probs + 2 * BLOCK * b, 2 * probs_IN.shape[1], values, width, out)
+
+
+@piece
+def _add_values(rows: Any, probs: Any, stride: Any, values: Any, width: Any, out: Any) -> None:
+    """`out += probs @ values` of one block."""
+    column = 0
+    while column < width:
+        here, there = values + 4 * column, out + 4 * column
+        if width - column >= PANEL:
+            add_tile(rows, probs, stride, here, 4 * width, BLOCK // 2, there, 4 * width)
+            column += PANEL
+        else:
+            add_slim_tile(rows, probs, stride, here, 4 * width, BLOCK // 2, there, 4 * width)
+            column += BLOCK
+
+
+@kernel
+def _forward(
+    q_SLHD: Any,
+    k_SLGD: Any,
+    v_SLGD: Any,
+    at_SL: Any,
+    window: Any,
+    keys_B: Any,
+    values_B: Any,
+    out_SLHD: Any,
+    probs_SGQN: Any,
+) -> None:
+    """Sequence by sequence; the blocks are room for one."""
+    num_seqs, length, num_groups, width = k_SLGD.shape
+    shared, num_keys = q_SLHD.shape[2] // num_groups, len(keys_B) * BLOCK
+    scores_IN = np.empty((shared, num_keys), np.float32)
+    probs_IN = np.empty((shared, num_keys), np.uint16)
+    out_ID, blocks_B = np.empty((shared, width), np.float32), np.arange(len(keys_B))
+    for s in range(num_seqs):
+        for t in range(length):
+            place(k_SLGD[s, t], v_SLGD[s, t], t, keys_B, values_B)
+        for g in range(num_groups):
+            for t in range(length):
+                at, q_ID = at_SL[s, t], q_SLHD[s, t, g * shared : (g + 1) * shared]
+                attend(q_ID, at, window, keys_B, values_B, blocks_B, g, scores_IN, probs_IN, out_ID)
+                for i in range(shared):
+                    out_D, sums_D = out_SLHD[s, t, g * shared + i], out_ID[i]
+                    for d in range(width):
+                        out_D[d] = rounded(sums_D[d], out_D)
+                    kept_N = probs_SGQN[s, g, i * length + t]
+                    kept_N[: at + 1] = probs_IN[i, : at + 1]
+                    kept_N[at + 1 :] = 0
+
+
+def forward(
+    q_SLHD: Tensor, k_SLGD: Tensor, v_SLGD: Tensor, at_SL: IntArray, window: int
+) -> tuple[Tensor, Tensor]:
+    """Attention output `[S, L, H, D]` and the probabilities `[S, G, I * L, L]`."""
+    num_seqs, length, num_heads, width = q_SLHD.shape
+    num_groups = k_SLGD.shape[2]
+    out_SLHD = torch.empty_like(q_SLHD, memory_format=torch.contiguous_format)
+    num_queries = num_heads // num_groups * length
+    probs_SGQN = q_SLHD.new_empty(num_seqs, num_groups, num_queries, length)
+    shapes = block_shapes(num_groups, width)
+    room = [np.zeros((-(-length // BLOCK), *shape), np.uint16) for shape in shapes]
+    inputs = [as_array(x.contiguous()) for x in (q_SLHD, k_SLGD, v_SLGD)]
+    _forward(*inputs, at_SL, window, *room, as_array(out_SLHD), as_array(probs_SGQN))
+    return out_SLHD, probs_SGQN

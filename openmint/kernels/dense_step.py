@@ -1,0 +1,240 @@
+"""A sampling step of a dense model on AVX512-BF16: the whole stack in one kernel for a team of threads.
+
+The same sums, in the same order, as `layers` give layer by layer under autograd; tests hold the two
+together to the bit. T tokens, D hidden size, W values of all heads, F feed-forward size, L layers,
+N linear layers (four of each layer, in order), B blocks, S sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from openmint.kernels import norm, rotary, swiglu
+from openmint.kernels.attend import BLOCK, attend, place
+from openmint.kernels.jit import F32, kernel, piece, rounded
+from openmint.kernels.linear import FEW, Slots, Weights, multiply, num_products, shrink_few
+from openmint.kernels.team import share
+
+QKV, OUT, GATE_UP, DOWN = range(4)
+PHASES = 10
+"""Phases of a layer."""
+
+
+class Linear(NamedTuple):
+    """One linear layer of all layers."""
+
+    address_L: Any
+    panels_P3: Any
+    bias_LO: Any
+    num_in: int
+
+
+class Stack(NamedTuple):
+    """The frozen parts of a dense model."""
+
+    qkv: Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
+    input_norm_LD: Any
+    mlp_norm_LD: Any
+    q_norm_LD: Any
+    """Empty where the model doesn't normalise queries and keys."""
+    k_norm_LD: Any
+    final_norm_D: Any
+    eps: Any
+    num_q: int
+    num_kv: int
+    window: int
+
+
+class Adapters(NamedTuple):
+    """The adapters of a batch for every linear layer: `linear.Slots` with a leading N."""
+
+    slot_T: Any
+    shrink_NS: Any
+    expand_NS: Any
+    rank_S: Any
+    scale_S: Any
+
+
+class Tokens(NamedTuple):
+    """Who the tokens are and what they see."""
+
+    at_T: Any
+    """Position in the sequence."""
+    sequence_T: Any
+    blocks_SB: Any
+    cos_TD: Any
+    sin_TD: Any
+
+
+class Rooms(NamedTuple):
+    """What the phases leave for each other. `x_TD` comes in as embeddings and goes out normed."""
+
+    x_TD: Any
+    normed_TD: Any
+    scale_T: Any
+    qkv_TW: Any
+    turned_TW: Any
+    attended_TW: Any
+    gate_up_TF: Any
+    active_TF: Any
+    h_TR: Any
+
+
+@kernel
+def step(
+    team: Any, stack: Stack, keys_LB: Any, values_LB: Any, tokens: Any, adapters: Any, rooms: Any
+) -> None:
+    """What each thread of the team runs."""
+    room = rooms
+    few = (len(room.x_TD) + FEW - 1) // FEW
+    attends = len(room.x_TD) * stack.num_kv
+    for layer in range(len(keys_LB)):
+        phase = layer * PHASES
+        qkv, out, gate_up, down = _linears(stack, layer)
+        q_slots, o_slots, g_slots, d_slots = _slots(adapters, layer)
+        weight_D = stack.input_norm_LD[layer]
+        share(team, phase, few, _norm, (room, weight_D, stack.eps, q_slots))
+        share(
+            team,
+            phase + 1,
+            num_products(room.x_TD, qkv),
+            multiply,
+            (room.normed_TD, qkv, q_slots, room.h_TR, room.qkv_TW, False),
+        )
+        cache = keys_LB[layer], values_LB[layer]
+        share(team, phase + 2, few, _place, (room, tokens, stack, layer, cache))
+        share(team, phase + 3, attends, _attend, (room, tokens, stack, cache))
+        share(team, phase + 4, few, shrink_few, (room.attended_TW, o_slots, room.h_TR))
+        share(
+            team,
+            phase + 5,
+            num_products(room.x_TD, out),
+            multiply,
+            (room.attended_TW, out, o_slots, room.h_TR, room.x_TD, True),
+        )
+        weight_D = stack.mlp_norm_LD[layer]
+        share(team, phase + 6, few, _norm, (room, weight_D, stack.eps, g_slots))
+        share(
+            team,
+            phase + 7,
+            num_products(room.x_TD, gate_up),
+            multiply,
+            (room.normed_TD, gate_up, g_slots, room.h_TR, room.gate_up_TF, False),
+        )
+        share(team, phase + 8, few, _activate, (room, d_slots))
+        share(
+            team,
+            phase + 9,
+            num_products(room.x_TD, down),
+            multiply,
+            (room.active_TF, down, d_slots, room.h_TR, room.x_TD, True),
+        )
+    share(team, len(keys_LB) * PHASES, few, _final_norm, (room, stack.final_norm_D, stack.eps))
+
+
+@piece
+def _linears(stack: Any, layer: Any) -> Any:
+    return (
+        _weights(stack.qkv, layer),
+        _weights(stack.out, layer),
+        _weights(stack.gate_up, layer),
+        _weights(stack.down, layer),
+    )
+
+
+@piece
+def _weights(linear: Any, layer: Any) -> Any:
+    bias_O = linear.bias_LO[layer]
+    return Weights(linear.address_L[layer], linear.panels_P3, bias_O, linear.num_in)
+
+
+@piece
+def _slots(adapters: Any, layer: Any) -> Any:
+    return (
+        _of(adapters, 4 * layer + QKV, 3),
+        _of(adapters, 4 * layer + OUT, 1),
+        _of(adapters, 4 * layer + GATE_UP, 2),
+        _of(adapters, 4 * layer + DOWN, 1),
+    )
+
+
+@piece
+def _of(adapters: Any, n: Any, num_parts: Any) -> Any:
+    a = adapters
+    return Slots(a.slot_T, a.shrink_NS[n], a.expand_NS[n], a.rank_S, a.scale_S, num_parts)
+
+
+@piece
+def _span(i: Any, num_rows: Any) -> Any:
+    return i * FEW, min((i + 1) * FEW, num_rows)
+
+
+@piece
+def _norm(i: Any, room: Any, weight_D: Any, eps: Any, slots: Any) -> None:
+    first, stop = _span(i, len(room.x_TD))
+    normed_TD, scale_T = room.normed_TD[first:stop], room.scale_T[first:stop]
+    norm._forward(room.x_TD[first:stop], weight_D, eps, normed_TD, scale_T)
+    shrink_few(i, room.normed_TD, slots, room.h_TR)
+
+
+@piece
+def _final_norm(i: Any, room: Any, weight_D: Any, eps: Any) -> None:
+    first, stop = _span(i, len(room.x_TD))
+    normed_TD, scale_T = room.normed_TD[first:stop], room.scale_T[first:stop]
+    norm._forward(room.x_TD[first:stop], weight_D, eps, normed_TD, scale_T)
+
+
+@piece
+def _place(i: Any, room: Any, tokens: Any, stack: Any, layer: Any, cache: Any) -> None:
+    """Turn queries and keys by their positions, and put keys and values into the cache."""
+    first, stop = _span(i, len(room.x_TD))
+    num_q, num_kv, width = stack.num_q, stack.num_kv, tokens.cos_TD.shape[1]
+    qkv_TW, turned_TW = room.qkv_TW[first:stop], room.turned_TW[first:stop]
+    if len(stack.q_norm_LD):
+        scale_H = np.empty(num_q, np.float32)
+        for t in range(len(qkv_TW)):
+            q_HD = qkv_TW[t, : num_q * width].reshape(num_q, width)
+            k_GD = qkv_TW[t, num_q * width : (num_q + num_kv) * width].reshape(num_kv, width)
+            norm._forward(q_HD, stack.q_norm_LD[layer], stack.eps, q_HD, scale_H)
+            norm._forward(k_GD, stack.k_norm_LD[layer], stack.eps, k_GD, scale_H)
+    angles = tokens.cos_TD[first:stop], tokens.sin_TD[first:stop]
+    rotary._rotate(qkv_TW, angles[0], angles[1], F32(1.0), turned_TW, num_q + num_kv)
+    keys_B, values_B = cache
+    for t in range(len(qkv_TW)):
+        at = tokens.at_T[first + t]
+        block = tokens.blocks_SB[tokens.sequence_T[first + t], at // BLOCK]
+        k_GD = turned_TW[t, num_q * width :].reshape(num_kv, width)
+        v_GD = qkv_TW[t, (num_q + num_kv) * width :].reshape(num_kv, width)
+        place(k_GD, v_GD, block * BLOCK + at % BLOCK, keys_B, values_B)
+
+
+@piece
+def _attend(i: Any, room: Any, tokens: Any, stack: Any, cache: Any) -> None:
+    t, g = i // stack.num_kv, i % stack.num_kv
+    width, shared = tokens.cos_TD.shape[1], stack.num_q // stack.num_kv
+    at, blocks_B = tokens.at_T[t], tokens.blocks_SB[tokens.sequence_T[t]]
+    num_keys = (at // BLOCK + 1) * BLOCK
+    scores_IN = np.empty((shared, num_keys), np.float32)
+    probs_IN = np.empty((shared, num_keys), np.uint16)
+    out_ID = np.empty((shared, width), np.float32)
+    columns = slice(g * shared * width, (g + 1) * shared * width)
+    q_ID = room.turned_TW[t, columns].reshape(shared, width)
+    keys_B, values_B = cache
+    attend(q_ID, at, stack.window, keys_B, values_B, blocks_B, g, scores_IN, probs_IN, out_ID)
+    to_ID = room.attended_TW[t, columns].reshape(shared, width)
+    for j in range(shared):
+        to_D, out_D = to_ID[j], out_ID[j]
+        for d in range(width):
+            to_D[d] = rounded(out_D[d], to_D)
+
+
+@piece
+def _activate(i: Any, room: Any, slots: Any) -> None:
+    first, stop = _span(i, len(room.x_TD))
+    swiglu._forward(room.gate_up_TF[first:stop], room.active_TF[first:stop])
+    shrink_few(i, room.active_TF, slots, room.h_TR)

@@ -1,0 +1,270 @@
+"""A linear layer and its adapters in one pass, on AVX512-BF16.
+
+T tokens, I in, O out, P panels, S adapter slots, R adapter rows: the rank, padded to whole strips,
+of every target of a fused layer in turn. A row's sum goes on from the base's product into its own
+adapter's, `y = x @ W + (scale * x @ A) @ B`, and is rounded once. Rows are independent: who stands
+beside a token makes no difference to it, and many adapters cost little more than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmint.kernels.jit import as_array, kernel, load, piece, rounded
+from openmint.kernels.team import Together, alone, share, team
+from openmint.kernels.tile import MOST_ROWS, PANEL, STRIP, add_tile, panels, strip, strips, tile
+
+FEW, MANY = 4, 256
+"""Rows of a team's piece of work, of small operations and of products."""
+COLUMN, WIDTH, PART = 0, 1, 2
+"""Fields of a panel: its first column of y, how many, and which target of the layer they are."""
+
+
+class Weights(NamedTuple):
+    """A frozen weight in panels. Its memory is its maker's to keep."""
+
+    address: int
+    panels_P3: Any
+    bias_O: Any
+    """float32; empty without a bias."""
+    num_in: int
+
+
+class Slots(NamedTuple):
+    """The adapters of a batch, for one linear layer. Their memory is their maker's to keep."""
+
+    slot_T: Any
+    """-1 for the bare base."""
+    shrink_S: Any
+    """Addresses of strips; 0 where an adapter doesn't have this layer."""
+    expand_S: Any
+    """Addresses of panels."""
+    rank_S: Any
+    """Rows of one target, padded to whole strips."""
+    scale_S: Any
+    num_parts: int
+
+
+def pack(parts_OI: Sequence[Tensor]) -> tuple[Tensor, Any]:
+    """The weights of targets that share an input as panels, and where those stand in y. Each target
+    begins a panel of its own."""
+    places, column = [], 0
+    for part, weight_OI in enumerate(parts_OI):
+        for start in range(0, len(weight_OI), PANEL):
+            places.append((column + start, min(PANEL, len(weight_OI) - start), part))
+        column += len(weight_OI)
+    padded = [torch.nn.functional.pad(w, (0, 0, 0, -len(w) % PANEL)) for w in parts_OI]
+    return panels(torch.cat(padded)), np.array(places)
+
+
+Targets = Sequence[tuple[Tensor, Tensor]]
+"""`(A_RI, B_RO)` of targets that share an input."""
+
+
+def padded(rank: int) -> int:
+    """Rows of one target: whole strips."""
+    return -(-rank // STRIP) * STRIP
+
+
+def pack_forth(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Strips that shrink x, and panels that expand into y: of each target's A, of each one's B."""
+    whole = [(_whole(a_RI), _whole(b_RO)) for a_RI, b_RO in targets]
+    return strips(torch.cat([a for a, _ in whole])), pack([b.t() for _, b in whole])[0]
+
+
+def pack_back(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Strips that shrink dL/dy, part by part, and panels that expand into dL/dx."""
+    whole = [(_whole(a_RI), _whole(b_RO)) for a_RI, b_RO in targets]
+    shrinking = torch.cat([strips(b).flatten() for _, b in whole])
+    return shrinking, pack([torch.cat([a for a, _ in whole]).t()])[0]
+
+
+def _whole(rows_RN: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows_RN, (0, 0, 0, -len(rows_RN) % STRIP))
+
+
+@piece
+def _alike(slot_T: Any, row: Any, stop: Any) -> Any:
+    """How many rows from `row` on have its slot."""
+    end = row + 1
+    while end < stop and slot_T[end] == slot_T[row]:
+        end += 1
+    return end - row
+
+
+@piece
+def shrink(
+    x: Any,
+    x_stride: Any,
+    pairs: Any,
+    first: Any,
+    stop: Any,
+    slots: Any,
+    h_TR: Any,
+    part: Any,
+    before: Any,
+) -> None:
+    """`h = scale * x @ A` of rows `first..stop`: of all targets for `part < 0`, else of one, whose
+    strips follow those of parts with `before` inputs."""
+    sums_N8 = np.empty((4, STRIP), np.float32)
+    row = first
+    while row < stop:
+        slot, rows = slots.slot_T[row], _alike(slots.slot_T, row, stop)
+        rows = 4 if rows >= 4 else 1
+        address = np.int64(0) if slot < 0 else slots.shrink_S[slot]
+        if address != 0:
+            rank, scale = slots.rank_S[slot], slots.scale_S[slot]
+            num_strips = (slots.num_parts if part < 0 else 1) * rank // STRIP
+            start = max(part, 0) * rank
+            for s in range(num_strips):
+                place = address + 2 * rank * before + s * pairs * 4 * STRIP
+                strip(rows, x + row * x_stride, x_stride, place, pairs, sums_N8.ctypes.data)
+                for i in range(rows):
+                    h_R, sums_8 = h_TR[row + i], sums_N8[i]
+                    for r in range(STRIP):
+                        h_R[start + s * STRIP + r] = rounded(sums_8[r] * scale, h_TR)
+        row += rows
+
+
+@piece
+def expand(sums: Any, first: Any, rows: Any, panel: Any, part: Any, slots: Any, h_TR: Any) -> None:
+    """`sums += h @ B` of rows `first..first + rows` in one panel of y; of the h of one part, or of
+    all parts for `part < 0`."""
+    row, stop = first, first + rows
+    while row < stop:
+        alike, slot = _alike(slots.slot_T, row, stop), slots.slot_T[row]
+        address = np.int64(0) if slot < 0 else slots.expand_S[slot]
+        if address != 0:
+            rank = slots.rank_S[slot]
+            depth = rank if part >= 0 else rank * slots.num_parts
+            h = h_TR[row].ctypes.data + 2 * rank * max(part, 0)
+            place = address + panel * 2 * depth * PANEL
+            out = sums + (row - first) * 4 * PANEL
+            add_tile(alike, h, 2 * h_TR.shape[1], place, 4 * PANEL, depth // 2, out, 4 * PANEL)
+        row += alike
+
+
+@piece
+def panel(
+    x: Any,
+    x_stride: Any,
+    first: Any,
+    stop: Any,
+    weights: Any,
+    index: Any,
+    part: Any,
+    slots: Any,
+    h_TR: Any,
+    y_TO: Any,
+    adds: Any,
+) -> None:
+    """Columns of one panel of y, rows `first..stop`; to what is there, if `adds`."""
+    sums_N = np.empty((MOST_ROWS, PANEL), np.float32)
+    sums, pairs = sums_N.ctypes.data, weights.num_in // 2
+    column, width = weights.panels_P3[index, COLUMN], weights.panels_P3[index, WIDTH]
+    w = weights.address + index * pairs * 4 * PANEL
+    tiles = (stop - first + MOST_ROWS - 1) // MOST_ROWS
+    row = first
+    for t in range(tiles):
+        rows = (stop - row + tiles - t - 1) // (tiles - t)
+        tile(rows, x + row * x_stride, x_stride, w, 4 * PANEL, pairs, sums, 4 * PANEL)
+        if len(slots.slot_T):
+            expand(sums, row, rows, index, part, slots, h_TR)
+        for i in range(rows):
+            y_N, sums_W = y_TO[row + i, column : column + width], sums_N[i, :width]
+            if len(weights.bias_O):
+                bias_N = weights.bias_O[column : column + width]
+                for n in range(width):
+                    sums_W[n] += bias_N[n]
+            if adds:
+                for n in range(width):
+                    y_N[n] = rounded(load(y_N[n]) + load(rounded(sums_W[n], y_N)), y_N)
+            else:
+                for n in range(width):
+                    y_N[n] = rounded(sums_W[n], y_N)
+        row += rows
+
+
+@piece
+def shrink_few(i: Any, x_TI: Any, slots: Any, h_TR: Any) -> None:
+    """A team's piece of work: `shrink` a few rows for all targets."""
+    if len(slots.slot_T):
+        first, stop = i * FEW, min((i + 1) * FEW, len(x_TI))
+        num_in = x_TI.shape[1]
+        shrink(x_TI.ctypes.data, 2 * num_in, num_in // 2, first, stop, slots, h_TR, -1, 0)
+
+
+@piece
+def num_products(x_TI: Any, weights: Any) -> Any:
+    """Pieces of work in `multiply`."""
+    return len(weights.panels_P3) * ((len(x_TI) + MANY - 1) // MANY)
+
+
+@piece
+def multiply(i: Any, x_TI: Any, weights: Any, slots: Any, h_TR: Any, y_TO: Any, adds: Any) -> None:
+    """A team's piece of work: many rows of one panel of y."""
+    num_panels = len(weights.panels_P3)
+    index, first = i % num_panels, i // num_panels * MANY
+    stop, part = min(first + MANY, len(x_TI)), weights.panels_P3[index, PART]
+    x, x_stride = x_TI.ctypes.data, 2 * x_TI.shape[1]
+    panel(x, x_stride, first, stop, weights, index, part, slots, h_TR, y_TO, adds)
+
+
+@kernel
+def _forward(team: Any, x_TI: Any, weights: Any, slots: Any, y_TO: Any, h_TR: Any) -> None:
+    share(team, 0, (len(x_TI) + FEW - 1) // FEW, shrink_few, (x_TI, slots, h_TR))
+    pieces = num_products(x_TI, weights)
+    share(team, 1, pieces, multiply, (x_TI, weights, slots, h_TR, y_TO, False))
+
+
+@kernel
+def _backward(
+    grad_TO: Any, ends_N: Any, weights: Any, slots: Any, grad_x_TI: Any, grad_h_TR: Any
+) -> None:
+    """`ends_N` are the columns of y where its parts end."""
+    x, x_stride, start = grad_TO.ctypes.data, 2 * grad_TO.shape[1], 0
+    if len(slots.slot_T):
+        for n in range(len(ends_N)):
+            own, pairs = x + 2 * start, (ends_N[n] - start) // 2
+            shrink(own, x_stride, pairs, 0, len(grad_TO), slots, grad_h_TR, n, start)
+            start = ends_N[n]
+    for p in range(len(weights.panels_P3)):
+        panel(x, x_stride, 0, len(grad_TO), weights, p, -1, slots, grad_h_TR, grad_x_TI, False)
+
+
+def forward(
+    x_TI: Tensor, num_out: int, weights: Weights, slots: Slots, together: Together = alone
+) -> tuple[Tensor, Tensor]:
+    """`y_TO`, and the adapters' `h_TR`, which the backward pass wants again."""
+    y_TO, h_TR = x_TI.new_empty(len(x_TI), num_out), x_TI.new_zeros(len(x_TI), width_of(slots))
+    counters, arrays = team(2), (as_array(x_TI), as_array(y_TO), as_array(h_TR))
+    x, y, h = arrays
+    together(lambda: _forward(counters, x, weights, slots, y, h))
+    return y_TO, h_TR
+
+
+def backward(
+    grad_TO: Tensor, ends_N: Any, num_in: int, weights: Weights, slots: Slots
+) -> tuple[Tensor, Tensor]:
+    """`grad_x_TI` and `grad_h_TR`. `weights` are W the other way round; of `slots`, `shrink_S` are
+    the strips of each part's B, `expand_S` the panels of A."""
+    num_rows = len(grad_TO)
+    grad_x_TI = grad_TO.new_empty(num_rows, num_in)
+    grad_h_TR = grad_TO.new_zeros(num_rows, width_of(slots))
+    _backward(as_array(grad_TO), ends_N, weights, slots, as_array(grad_x_TI), as_array(grad_h_TR))
+    return grad_x_TI, grad_h_TR
+
+
+def width_of(slots: Slots) -> int:
+    """Columns that the hidden values of these adapters need."""
+    return int(slots.rank_S.max(initial=0)) * slots.num_parts
+
+
+_NOBODY = np.empty(0, np.int64)
+NO_ADAPTERS = Slots(_NOBODY, _NOBODY, _NOBODY, _NOBODY, np.empty(0, np.float32), 1)
+"""A batch of the bare base."""

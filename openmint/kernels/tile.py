@@ -1,0 +1,294 @@
+"""Small matrix products on AVX512-BF16: what every product of a bfloat16 model on a CPU is made of.
+
+A tile multiplies up to six rows of x with up to 64 columns of W and keeps their sums in registers.
+Each sum runs over pairs of the inner dimension, in order, in one accumulator of the instruction
+`vdpbf16ps`; so a product is the same to the bit whatever rows stand beside it, and whoever computes
+it: trainer, prefill or decode step. The functions here take addresses and strides in bytes, and are
+for kernels only.
+
+Layouts of W, whose rows are outputs:
+- panels: 64 outputs, `[out / 64, in / 2, 64, 2]`: one tile reads a panel from front to back.
+- strips: 8 outputs, `[out / 8, in / 2, 8, 2]`: for the few rows of a LoRA A.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from openmint.kernels.jit import piece
+
+IS_AVAILABLE: bool = llvmlite.binding.get_host_cpu_features().get("avx512bf16", False)
+"""Whether this machine has the instruction; elsewhere torch multiplies."""
+PANEL, STRIP, LANES = 64, 8, 16
+MOST_ROWS = 6
+"""Rows of a tile: 6 x 4 sums, 4 columns of W and one of x fill the 32 registers."""
+STRIP_SUMS = 4
+"""Partial sums of each output of a strip, which hide the instruction's latency."""
+
+_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+class _Emitter:
+    """Writes LLVM code for sums of `lanes` columns."""
+
+    def __init__(self, builder: Any, lanes: int) -> None:
+        self.builder, self._lanes = builder, lanes
+        self.sums = ir.VectorType(ir.FloatType(), lanes)
+        self._pairs, self._words = ir.VectorType(_BFloat(), 2 * lanes), ir.VectorType(_INT32, lanes)
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
+        module = builder.function.module
+        kind = ir.FunctionType(self.sums, [self.sums, self._pairs, self._pairs])
+        self._multiply = module.globals.get(name) or ir.Function(module, kind, name)
+
+    def at(self, address: Any, stride: Any, count: int) -> Any:
+        stride = stride if isinstance(stride, ir.Value) else ir.Constant(_INT64, stride)
+        return self.builder.add(address, self.builder.mul(stride, ir.Constant(_INT64, count)))
+
+    def load_sums(self, address: Any) -> Any:
+        loaded = self.builder.load(self.builder.inttoptr(address, self.sums.as_pointer()))
+        loaded.align = 4
+        return loaded
+
+    def store_sums(self, value: Any, address: Any) -> None:
+        place = self.builder.inttoptr(address, self.sums.as_pointer())
+        self.builder.store(value, place).align = 4
+
+    def columns(self, address: Any) -> Any:
+        """A pair of each of W's columns."""
+        return self.builder.bitcast(self.load_sums(address), self._pairs)
+
+    def pair(self, address: Any) -> Any:
+        """One pair of x, for every column."""
+        word = self.builder.load(self.builder.inttoptr(address, _INT32.as_pointer()))
+        word.align = 2
+        nothing = ir.Constant(self._words, ir.Undefined)
+        first = self.builder.insert_element(nothing, word, ir.Constant(_INT32, 0))
+        everywhere = ir.Constant(self._words, [0] * self._lanes)
+        return self.builder.bitcast(
+            self.builder.shuffle_vector(first, nothing, everywhere), self._pairs
+        )
+
+    def add_product(self, total: Any, columns: Any, pair: Any) -> Any:
+        return self.builder.call(self._multiply, [total, columns, pair])
+
+    def loop(self, count: Any, starts: list[Any], body: Any) -> list[Any]:
+        """`body(index, totals)` gives the next totals, `count >= 1` times."""
+        builder, entry = self.builder, self.builder.block
+        block, after = (builder.function.append_basic_block(name) for name in ("sum", "summed"))
+        builder.branch(block)
+        builder.position_at_end(block)
+        index, totals = builder.phi(_INT64), [builder.phi(start.type) for start in starts]
+        news = body(index, totals)
+        following = builder.add(index, ir.Constant(_INT64, 1))
+        for phi, start, new in zip(
+            [index, *totals], [ir.Constant(_INT64, 0), *starts], [following, *news], strict=True
+        ):
+            phi.add_incoming(start, entry)
+            phi.add_incoming(new, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, count), block, after)
+        builder.position_at_end(after)
+        return news
+
+    def zero(self) -> Any:
+        return ir.Constant(self.sums, [0.0] * self._lanes)
+
+
+def _tile(rows: int, vectors: int, adds: bool) -> Any:
+    """`tile(x, x_stride, w, w_stride, pairs, out, out_stride)`: float32 sums of `rows` rows and
+    `vectors * 16` columns. `w_stride` is from one pair of W to the next; `adds` to what is there.
+    """
+
+    @intrinsic
+    def tile(
+        typing: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, step: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_stride, w, w_stride, pairs, out, out_stride = arguments
+            emit = _Emitter(builder, LANES)
+            xs = [emit.at(x, x_stride, row) for row in range(rows)]
+            places = [
+                emit.at(emit.at(out, out_stride, row), 64, vector)
+                for row in range(rows)
+                for vector in range(vectors)
+            ]
+
+            def body(index: Any, totals: list[Any]) -> list[Any]:
+                here = builder.add(w, builder.mul(w_stride, index))
+                columns = [emit.columns(emit.at(here, 64, v)) for v in range(vectors)]
+                news = []
+                for row in range(rows):
+                    pair = emit.pair(emit.at(xs[row], index, 4))
+                    own = totals[row * vectors : (row + 1) * vectors]
+                    pairs = zip(own, columns, strict=True)
+                    news += [emit.add_product(total, column, pair) for total, column in pairs]
+                return news
+
+            starts = [emit.load_sums(place) if adds else emit.zero() for place in places]
+            for total, place in zip(emit.loop(pairs, starts, body), places, strict=True):
+                emit.store_sums(total, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 7), generate
+
+    return tile
+
+
+def _strip(rows: int) -> Any:
+    """`strip(x, x_stride, w, pairs, out)`: float32 sums `[rows, 8]`; pairs are a multiple of 4."""
+
+    @intrinsic
+    def strip(typing: Any, x: Any, x_stride: Any, w: Any, pairs: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_stride, w, pairs, out = arguments
+            emit = _Emitter(builder, STRIP)
+            xs = [emit.at(x, x_stride, row) for row in range(rows)]
+
+            def body(index: Any, totals: list[Any]) -> list[Any]:
+                here = emit.at(w, index, 32 * STRIP_SUMS)
+                columns = [emit.columns(emit.at(here, 32, part)) for part in range(STRIP_SUMS)]
+                news = []
+                for row in range(rows):
+                    place = emit.at(xs[row], index, 4 * STRIP_SUMS)
+                    for part in range(STRIP_SUMS):
+                        total = totals[row * STRIP_SUMS + part]
+                        pair = emit.pair(emit.at(place, 4, part))
+                        news.append(emit.add_product(total, columns[part], pair))
+                return news
+
+            starts = [emit.zero()] * (rows * STRIP_SUMS)
+            rounds = builder.sdiv(pairs, ir.Constant(_INT64, STRIP_SUMS))
+            totals = emit.loop(rounds, starts, body)
+            for row in range(rows):
+                a, b, c, d = totals[row * STRIP_SUMS : (row + 1) * STRIP_SUMS]
+                total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+                emit.store_sums(total, emit.at(out, 32, row))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), generate
+
+    return strip
+
+
+_wide1, _wide2, _wide3, _wide4, _wide5, _wide6 = (_tile(rows, 4, False) for rows in range(1, 7))
+_more1, _more2, _more3, _more4, _more5, _more6 = (_tile(rows, 4, True) for rows in range(1, 7))
+_slim1, _slim2, _slim3, _slim4 = (_tile(rows, 1, False) for rows in range(1, 5))
+_slim_more1, _slim_more2, _slim_more3, _slim_more4 = (_tile(rows, 1, True) for rows in range(1, 5))
+_strip1, _strip4 = _strip(1), _strip(4)
+
+
+@piece
+def tile(
+    rows: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, out_stride: Any
+) -> None:
+    """`out = x @ w`, up to 6 rows and 64 columns."""
+    if rows == 6:
+        _wide6(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 5:
+        _wide5(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 4:
+        _wide4(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 3:
+        _wide3(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 2:
+        _wide2(x, x_stride, w, w_stride, pairs, out, out_stride)
+    else:
+        _wide1(x, x_stride, w, w_stride, pairs, out, out_stride)
+
+
+@piece
+def add_tile(
+    rows: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, out_stride: Any
+) -> None:
+    """`out += x @ w`, up to 6 rows and 64 columns."""
+    if rows == 6:
+        _more6(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 5:
+        _more5(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 4:
+        _more4(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 3:
+        _more3(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 2:
+        _more2(x, x_stride, w, w_stride, pairs, out, out_stride)
+    else:
+        _more1(x, x_stride, w, w_stride, pairs, out, out_stride)
+
+
+@piece
+def slim_tile(
+    rows: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, out_stride: Any
+) -> None:
+    """`out = x @ w`, up to 4 rows and 16 columns."""
+    if rows == 4:
+        _slim4(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 3:
+        _slim3(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 2:
+        _slim2(x, x_stride, w, w_stride, pairs, out, out_stride)
+    else:
+        _slim1(x, x_stride, w, w_stride, pairs, out, out_stride)
+
+
+@piece
+def add_slim_tile(
+    rows: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, out_stride: Any
+) -> None:
+    """`out += x @ w`, up to 4 rows and 16 columns."""
+    if rows == 4:
+        _slim_more4(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 3:
+        _slim_more3(x, x_stride, w, w_stride, pairs, out, out_stride)
+    elif rows == 2:
+        _slim_more2(x, x_stride, w, w_stride, pairs, out, out_stride)
+    else:
+        _slim_more1(x, x_stride, w, w_stride, pairs, out, out_stride)
+
+
+@piece
+def strip(rows: Any, x: Any, x_stride: Any, w: Any, pairs: Any, out: Any) -> None:
+    """`out = x @ w`, one row or four, 8 columns; a row's sum is the same in both."""
+    if rows == 4:
+        _strip4(x, x_stride, w, pairs, out)
+    else:
+        _strip1(x, x_stride, w, pairs, out)
+
+
+def panels(weight_OI: Tensor) -> Tensor:
+    """W as panels; outputs are padded with zeros to a multiple of 64, inputs to one of 2."""
+    return _blocks(weight_OI, PANEL)
+
+
+def strips(weight_OI: Tensor) -> Tensor:
+    """W as strips; outputs are padded with zeros to a multiple of 8."""
+    return _blocks(weight_OI, STRIP)
+
+
+def _blocks(weight_OI: Tensor, width: int) -> Tensor:
+    num_out, num_in = weight_OI.shape
+    padded_OI = F.pad(weight_OI, (0, -num_in % 2, 0, -num_out % width))
+    blocks = padded_OI.view(-1, width, padded_OI.shape[1] // 2, 2).transpose(1, 2)
+    room = torch.empty(blocks.numel() + LANES * 2, dtype=weight_OI.dtype)
+    start = (-room.data_ptr()) % 64 // 2  # whole cache lines
+    aligned = room[start : start + blocks.numel()].view(blocks.shape)
+    return aligned.copy_(blocks)

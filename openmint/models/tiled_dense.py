@@ -1,0 +1,117 @@
+"""The sampling forward of the dense family on AVX512-BF16: one kernel for the whole stack.
+
+It reads the weights of the layers that training runs one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmint.kernels import dense_step
+from openmint.kernels.jit import F32, as_array
+from openmint.kernels.linear import padded
+from openmint.kernels.team import team
+from openmint.layers.adapters import AdapterBatch
+from openmint.layers.attention import NO_WINDOW, TiledPages
+from openmint.layers.linear import LoraLinear, TiledLinear
+from openmint.types import AnyArray
+
+if TYPE_CHECKING:
+    from openmint.models.dense import DenseModel
+
+WIDEST_FUSION = 3
+"""Targets of the widest fused layer: q, k and v."""
+
+
+class TiledDense:
+    """A dense model's frozen parts as the step kernel reads them."""
+
+    def __init__(self, model: DenseModel) -> None:
+        layers = model.layers
+        self._linears = [x for y in layers for x in (y.qkv, y.out, y.gate_up, y.down)]
+        self._rotary = model.rotary
+        num_q, num_kv = layers[0].num_heads
+        self._stack = dense_step.Stack(
+            qkv=_of_all(self._linears[dense_step.QKV :: 4]),
+            out=_of_all(self._linears[dense_step.OUT :: 4]),
+            gate_up=_of_all(self._linears[dense_step.GATE_UP :: 4]),
+            down=_of_all(self._linears[dense_step.DOWN :: 4]),
+            input_norm_LD=_stacked([layer.input_norm_D for layer in layers]),
+            mlp_norm_LD=_stacked([layer.mlp_norm_D for layer in layers]),
+            q_norm_LD=_stacked([layer.q_norm_D for layer in layers]),
+            k_norm_LD=_stacked([layer.k_norm_D for layer in layers]),
+            final_norm_D=as_array(model.final_norm_D),
+            eps=F32(model.eps),
+            num_q=num_q,
+            num_kv=num_kv,
+            window=NO_WINDOW if model.window is None else model.window,
+        )
+
+    @staticmethod
+    def suits(model: DenseModel) -> bool:
+        """Whether all parts of the model can be computed in tiles."""
+        linears = [x for y in model.layers for x in (y.qkv, y.out, y.gate_up, y.down)]
+        are_tiled = all(isinstance(linear, TiledLinear) for linear in (*linears, model.head))
+        return are_tiled and model.cache_shape.head_dim % 16 == 0
+
+    def forward(
+        self, x_TD: Tensor, positions_T: Tensor, pages: TiledPages, adapters: AdapterBatch | None
+    ) -> Tensor:
+        """Final hidden states `[T, D]` of embeddings, which it uses up."""
+        cos_TD, sin_TD = self._rotary.at(positions_T, x_TD.dtype)
+        angles = as_array(cos_TD), as_array(sin_TD)
+        seen = pages.sequence_T, pages.blocks_SB
+        tokens = dense_step.Tokens(positions_T.numpy(), *seen, *angles)
+        normed_TD = torch.empty_like(x_TD)
+        rooms = self._rooms(x_TD, normed_TD, self._hidden_width(adapters))
+        cache, stack, batch = pages.cache, self._stack, self._adapters(adapters)
+        counters = team(len(cache.keys_LB) * dense_step.PHASES + 1)
+        keys_LB, values_LB = cache.keys_LB, cache.values_LB
+        pages.together(
+            lambda: dense_step.step(counters, stack, keys_LB, values_LB, tokens, batch, rooms)
+        )
+        return normed_TD
+
+    def _rooms(self, x_TD: Tensor, normed_TD: Tensor, hidden_width: int) -> dense_step.Rooms:
+        num_tokens, qkv, gate_up = len(x_TD), self._linears[0], self._linears[2]
+        attended, active = self._linears[1].num_in, self._linears[3].num_in
+        turned = qkv.num_out - qkv.parts[2].stop + qkv.parts[2].start
+        widths = (qkv.num_out, turned, attended, gate_up.num_out, active, hidden_width)
+        rooms = [np.empty((num_tokens, width), np.uint16) for width in widths]
+        scale_T = np.empty(num_tokens, np.float32)
+        return dense_step.Rooms(as_array(x_TD), as_array(normed_TD), scale_T, *rooms)
+
+    def _hidden_width(self, adapters: AdapterBatch | None) -> int:
+        ranks = [a.spec.rank for a in adapters.stack.adapters] if adapters else []
+        return WIDEST_FUSION * padded(max(ranks, default=0))
+
+    def _adapters(self, adapters: AdapterBatch | None) -> dense_step.Adapters:
+        if adapters is None:
+            nobody_NS = np.empty((len(self._linears), 0), np.int64)
+            empty = np.empty(0, np.int64)
+            return dense_step.Adapters(empty, nobody_NS, nobody_NS, empty, np.empty(0, np.float32))
+        stack = adapters.stack
+        shrink_NS, expand_NS = stack.table(self._linears)
+        return dense_step.Adapters(
+            adapters.slot_rows, shrink_NS, expand_NS, stack.rank_S, stack.scale_S
+        )
+
+
+def _of_all(linears: Sequence[LoraLinear]) -> dense_step.Linear:
+    weights = [linear.weights for linear in linears if isinstance(linear, TiledLinear)]
+    addresses_L = np.array([each.address for each in weights])
+    biases_LO = np.stack([each.bias_O for each in weights])
+    return dense_step.Linear(addresses_L, weights[0].panels_P3, biases_LO, weights[0].num_in)
+
+
+def _stacked(rows_D: Sequence[Tensor | None]) -> AnyArray:
+    """One row per layer; none at all where the layers have none."""
+    present = [row_D for row_D in rows_D if row_D is not None]
+    if not present:
+        return np.empty((0, 1), np.uint16)
+    return as_array(torch.stack(present)).copy()
