@@ -1,4 +1,4 @@
-"""A sampling step of a dense model on AVX512-BF16: the whole stack in one kernel for a team of threads.
+"""A sampling step of a dense model on AVX512-BF16: the whole stack in one kernel for a team.
 
 The same sums, in the same order, as `layers` give layer by layer under autograd; tests hold the two
 together to the bit. T tokens, D hidden size, W values of all heads, F feed-forward size, L layers,
@@ -87,68 +87,48 @@ class Rooms(NamedTuple):
 
 @kernel
 def step(
-    team: Any, stack: Stack, keys_LB: Any, values_LB: Any, tokens: Any, adapters: Any, rooms: Any
+    team: Any, stack: Any, keys_LB: Any, values_LB: Any, tokens: Any, adapters: Any, room: Any
 ) -> None:
     """What each thread of the team runs."""
-    room = rooms
-    few = (len(room.x_TD) + FEW - 1) // FEW
-    attends = len(room.x_TD) * stack.num_kv
+    x_TD, h_TR, few = room.x_TD, room.h_TR, (len(room.x_TD) + FEW - 1) // FEW
+    queries = len(x_TD) * stack.num_kv
     for layer in range(len(keys_LB)):
-        phase = layer * PHASES
-        qkv, out, gate_up, down = _linears(stack, layer)
-        q_slots, o_slots, g_slots, d_slots = _slots(adapters, layer)
-        weight_D = stack.input_norm_LD[layer]
-        share(team, phase, few, _norm, (room, weight_D, stack.eps, q_slots))
-        share(
-            team,
-            phase + 1,
-            num_products(room.x_TD, qkv),
-            multiply,
-            (room.normed_TD, qkv, q_slots, room.h_TR, room.qkv_TW, False),
-        )
-        cache = keys_LB[layer], values_LB[layer]
+        phase, cache = layer * PHASES, (keys_LB[layer], values_LB[layer])
+        qkv, out, gate_up, down = _weights(stack, layer)
+        to_qkv, to_out, to_gate_up, to_down = _slots(adapters, layer)
+
+        before = (room, stack.input_norm_LD[layer], stack.eps, to_qkv)
+        share(team, phase, few, _norm, before)
+        product = (room.normed_TD, qkv, to_qkv, h_TR, room.qkv_TW, False)
+        share(team, phase + 1, num_products(x_TD, qkv), multiply, product)
         share(team, phase + 2, few, _place, (room, tokens, stack, layer, cache))
-        share(team, phase + 3, attends, _attend, (room, tokens, stack, cache))
-        share(team, phase + 4, few, shrink_few, (room.attended_TW, o_slots, room.h_TR))
-        share(
-            team,
-            phase + 5,
-            num_products(room.x_TD, out),
-            multiply,
-            (room.attended_TW, out, o_slots, room.h_TR, room.x_TD, True),
-        )
-        weight_D = stack.mlp_norm_LD[layer]
-        share(team, phase + 6, few, _norm, (room, weight_D, stack.eps, g_slots))
-        share(
-            team,
-            phase + 7,
-            num_products(room.x_TD, gate_up),
-            multiply,
-            (room.normed_TD, gate_up, g_slots, room.h_TR, room.gate_up_TF, False),
-        )
-        share(team, phase + 8, few, _activate, (room, d_slots))
-        share(
-            team,
-            phase + 9,
-            num_products(room.x_TD, down),
-            multiply,
-            (room.active_TF, down, d_slots, room.h_TR, room.x_TD, True),
-        )
+        share(team, phase + 3, queries, _attend, (room, tokens, stack, cache))
+        share(team, phase + 4, few, shrink_few, (room.attended_TW, to_out, h_TR))
+        product = (room.attended_TW, out, to_out, h_TR, x_TD, True)
+        share(team, phase + 5, num_products(x_TD, out), multiply, product)
+
+        before = (room, stack.mlp_norm_LD[layer], stack.eps, to_gate_up)
+        share(team, phase + 6, few, _norm, before)
+        product = (room.normed_TD, gate_up, to_gate_up, h_TR, room.gate_up_TF, False)
+        share(team, phase + 7, num_products(x_TD, gate_up), multiply, product)
+        share(team, phase + 8, few, _activate, (room, to_down))
+        product = (room.active_TF, down, to_down, h_TR, x_TD, True)
+        share(team, phase + 9, num_products(x_TD, down), multiply, product)
     share(team, len(keys_LB) * PHASES, few, _final_norm, (room, stack.final_norm_D, stack.eps))
 
 
 @piece
-def _linears(stack: Any, layer: Any) -> Any:
+def _weights(stack: Any, layer: Any) -> Any:
     return (
-        _weights(stack.qkv, layer),
-        _weights(stack.out, layer),
-        _weights(stack.gate_up, layer),
-        _weights(stack.down, layer),
+        _weight(stack.qkv, layer),
+        _weight(stack.out, layer),
+        _weight(stack.gate_up, layer),
+        _weight(stack.down, layer),
     )
 
 
 @piece
-def _weights(linear: Any, layer: Any) -> Any:
+def _weight(linear: Any, layer: Any) -> Any:
     bias_O = linear.bias_LO[layer]
     return Weights(linear.address_L[layer], linear.panels_P3, bias_O, linear.num_in)
 

@@ -1,7 +1,8 @@
 """Threads that go through one kernel together, phase by phase.
 
 Each thread runs the same kernel. A phase is a number of pieces of work; threads claim one after
-another, so a thread that is held up leaves the rest to the others, and all wait for the last piece. Between phases nobody sleeps: a phase takes microseconds, waking a thread takes as many.
+another, so a thread that is held up leaves the rest to the others, and all wait for the last piece.
+Between phases nobody sleeps: a phase takes microseconds, and so does waking a thread.
 """
 
 from __future__ import annotations
