@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmint.kernels.jit import F32, as_array, exp, kernel, largest, load, piece, rounded
+from openmint.kernels.jit import F32, address, as_array, exp, kernel, largest, load, piece, rounded
 from openmint.kernels.paged import LARGEST
 from openmint.kernels.tile import PANEL, add_slim_tile, add_tile, slim_tile
 from openmint.types import IntArray
@@ -31,22 +31,28 @@ def block_shapes(num_heads: int, width: int) -> tuple[tuple[int, ...], tuple[int
 
 @piece
 def place(keys_GD: Any, values_GD: Any, index: Any, keys_B: Any, values_B: Any) -> None:
-    """Put one token into the blocks of one layer, at `index` in `block * 16 + offset`.
-
-    Finite values only: blocks are handed on, and zero times NaN is NaN.
-    """
+    """Put one token into the blocks of one layer, at `index` in `block * 16 + offset`."""
     block, token = index // BLOCK, index % BLOCK
+    clean_D = np.empty(keys_GD.shape[1], np.uint16)
     for g in range(keys_GD.shape[0]):
-        for d in range(keys_GD.shape[1]):
-            keys_B[block, g, d // 2, token, d % 2] = _finite(keys_GD[g, d], keys_GD)
-            values_B[block, g, token // 2, d, token % 2] = _finite(values_GD[g, d], values_GD)
+        _finite(keys_GD[g], clean_D)
+        to_P = keys_B[block, g]
+        for p in range(len(to_P)):
+            to_P[p, token, 0] = clean_D[2 * p]
+            to_P[p, token, 1] = clean_D[2 * p + 1]
+        _finite(values_GD[g], clean_D)
+        to_D = values_B[block, g, token // 2]
+        for d in range(len(to_D)):
+            to_D[d, token % 2] = clean_D[d]
 
 
 @piece
-def _finite(element: Any, like: Any) -> Any:
-    value = load(element)
-    value = value if value == value else F32(0.0)
-    return rounded(min(max(value, F32(-LARGEST)), F32(LARGEST)), like)
+def _finite(from_D: Any, to_D: Any) -> None:
+    """Blocks are handed on, and zero times NaN is NaN."""
+    for d in range(len(from_D)):
+        value = load(from_D[d])
+        value = value if value == value else F32(0.0)
+        to_D[d] = rounded(min(max(value, F32(-LARGEST)), F32(LARGEST)), to_D)
 
 
 @piece
@@ -75,30 +81,34 @@ def attend(
     out_ID: Any,
 ) -> None:
     """Attention of the query heads of key head `g` at position `at`, in float32; the probabilities
-    of keys `0..at` in whole blocks, zero where the query doesn't see."""
+    of the keys in the blocks that it sees, zero where it doesn't see one of them."""
     width = q_ID.shape[1]
     scale = F32(1.0) / np.sqrt(F32(width))
     first, stop = max(0, at - window + 1), at + 1
     first_block, stop_block = first // BLOCK, (stop + BLOCK - 1) // BLOCK
-    row = 4 * scores_IN.shape[1]
+    keys, values = address(keys_B), address(values_B)
+    head, block = 2 * BLOCK * width, 2 * BLOCK * width * keys_B.shape[1]
+    scores, row = address(scores_IN), 4 * scores_IN.shape[1]
     for i in range(0, len(q_ID), MOST_QUERIES):
-        rows = min(MOST_QUERIES, len(q_ID) - i)
-        q, scores = q_ID[i].ctypes.data, scores_IN[i].ctypes.data
+        rows, q = min(MOST_QUERIES, len(q_ID) - i), address(q_ID) + 2 * width * i
         for b in range(first_block, stop_block):
-            keys = keys_B[blocks_B[b], g].ctypes.data
-            out = scores + 4 * BLOCK * b
-            slim_tile(rows, q, 2 * width, keys, 4 * BLOCK, width // 2, out, row)
+            here = keys + blocks_B[b] * block + g * head
+            out = scores + i * row + 4 * BLOCK * b
+            slim_tile(rows, q, 2 * width, here, 4 * BLOCK, width // 2, out, row)
     for i in range(len(q_ID)):
-        probs_IN[i, :first] = 0
-        probs_IN[i, stop : stop_block * BLOCK] = 0
-        _soften(scores_IN[i, first:stop], probs_IN[i, first:stop], scale)
+        probs_N = probs_IN[i]
+        for n in range(first_block * BLOCK, first):
+            probs_N[n] = 0
+        for n in range(stop, stop_block * BLOCK):
+            probs_N[n] = 0
+        _soften(scores_IN[i, first:stop], probs_N[first:stop], scale)
     out_ID[:] = F32(0.0)
+    probs, row = address(probs_IN), 2 * probs_IN.shape[1]
     for i in range(0, len(q_ID), MOST_QUERIES):
-        rows = min(MOST_QUERIES, len(q_ID) - i)
-        probs, out = probs_IN[i].ctypes.data, out_ID[i].ctypes.data
+        rows, out = min(MOST_QUERIES, len(q_ID) - i), address(out_ID) + 4 * width * i
         for b in range(first_block, stop_block):
-            values = values_B[blocks_B[b], g].ctypes.data
-            _add_values(rows, probs + 2 * BLOCK * b, 2 * probs_IN.shape[1], values, width, out)
+            here = values + blocks_B[b] * block + g * head
+            _add_values(rows, probs + i * row + 2 * BLOCK * b, row, here, width, out)
 
 
 @piece
@@ -138,6 +148,7 @@ def _forward(
             place(k_SLGD[s, t], v_SLGD[s, t], t, keys_B, values_B)
         for g in range(num_groups):
             for t in range(length):
+                first = max(0, at_SL[s, t] - window + 1)
                 at, q_ID = at_SL[s, t], q_SLHD[s, t, g * shared : (g + 1) * shared]
                 attend(q_ID, at, window, keys_B, values_B, blocks_B, g, scores_IN, probs_IN, out_ID)
                 for i in range(shared):
@@ -145,7 +156,8 @@ def _forward(
                     for d in range(width):
                         out_D[d] = rounded(sums_D[d], out_D)
                     kept_N = probs_SGQN[s, g, i * length + t]
-                    kept_N[: at + 1] = probs_IN[i, : at + 1]
+                    kept_N[:first] = 0
+                    kept_N[first : at + 1] = probs_IN[i, first : at + 1]
                     kept_N[at + 1 :] = 0
 
 

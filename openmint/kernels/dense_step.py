@@ -22,6 +22,10 @@ PHASES = 10
 """Phases of a layer."""
 
 
+QUERY_PIECES = 16
+"""Pieces of work that attention is cut into: each costs two counters that threads pass around."""
+
+
 class Linear(NamedTuple):
     """One linear layer of all layers."""
 
@@ -78,8 +82,10 @@ class Rooms(NamedTuple):
     normed_TD: Any
     scale_T: Any
     qkv_TW: Any
-    turned_TW: Any
+    turned_THD: Any
+    attended_THD: Any
     attended_TW: Any
+    """The same memory."""
     gate_up_TF: Any
     active_TF: Any
     h_TR: Any
@@ -91,7 +97,9 @@ def step(
 ) -> None:
     """What each thread of the team runs."""
     x_TD, h_TR, few = room.x_TD, room.h_TR, (len(room.x_TD) + FEW - 1) // FEW
-    queries = len(x_TD) * stack.num_kv
+    queries, scratch = len(x_TD) * stack.num_kv, _scratch(stack, tokens)
+    each = max(1, queries // QUERY_PIECES)
+    query_pieces = (queries + each - 1) // each
     for layer in range(len(keys_LB)):
         phase, cache = layer * PHASES, (keys_LB[layer], values_LB[layer])
         qkv, out, gate_up, down = _weights(stack, layer)
@@ -102,7 +110,7 @@ def step(
         product = (room.normed_TD, qkv, to_qkv, h_TR, room.qkv_TW, False)
         share(team, phase + 1, num_products(x_TD, qkv), multiply, product)
         share(team, phase + 2, few, _place, (room, tokens, stack, layer, cache))
-        share(team, phase + 3, queries, _attend, (room, tokens, stack, cache))
+        share(team, phase + 3, query_pieces, _attend, (room, tokens, stack, cache, scratch, each))
         share(team, phase + 4, few, shrink_few, (room.attended_TW, to_out, h_TR))
         product = (room.attended_TW, out, to_out, h_TR, x_TD, True)
         share(team, phase + 5, num_products(x_TD, out), multiply, product)
@@ -174,43 +182,57 @@ def _place(i: Any, room: Any, tokens: Any, stack: Any, layer: Any, cache: Any) -
     """Turn queries and keys by their positions, and put keys and values into the cache."""
     first, stop = _span(i, len(room.x_TD))
     num_q, num_kv, width = stack.num_q, stack.num_kv, tokens.cos_TD.shape[1]
-    qkv_TW, turned_TW = room.qkv_TW[first:stop], room.turned_TW[first:stop]
+    qkv_TW, turned_THD = room.qkv_TW[first:stop], room.turned_THD[first:stop]
     if len(stack.q_norm_LD):
-        scale_H = np.empty(num_q, np.float32)
-        for t in range(len(qkv_TW)):
-            q_HD = qkv_TW[t, : num_q * width].reshape(num_q, width)
-            k_GD = qkv_TW[t, num_q * width : (num_q + num_kv) * width].reshape(num_kv, width)
-            norm._forward(q_HD, stack.q_norm_LD[layer], stack.eps, q_HD, scale_H)
-            norm._forward(k_GD, stack.k_norm_LD[layer], stack.eps, k_GD, scale_H)
+        _norm_heads(qkv_TW, stack, layer, width)
     angles = tokens.cos_TD[first:stop], tokens.sin_TD[first:stop]
+    turned_TW = turned_THD.reshape(stop - first, (num_q + num_kv) * width)
     rotary._rotate(qkv_TW, angles[0], angles[1], F32(1.0), turned_TW, num_q + num_kv)
     keys_B, values_B = cache
     for t in range(len(qkv_TW)):
         at = tokens.at_T[first + t]
         block = tokens.blocks_SB[tokens.sequence_T[first + t], at // BLOCK]
-        k_GD = turned_TW[t, num_q * width :].reshape(num_kv, width)
         v_GD = qkv_TW[t, (num_q + num_kv) * width :].reshape(num_kv, width)
-        place(k_GD, v_GD, block * BLOCK + at % BLOCK, keys_B, values_B)
+        place(turned_THD[t, num_q:], v_GD, block * BLOCK + at % BLOCK, keys_B, values_B)
 
 
 @piece
-def _attend(i: Any, room: Any, tokens: Any, stack: Any, cache: Any) -> None:
-    t, g = i // stack.num_kv, i % stack.num_kv
-    width, shared = tokens.cos_TD.shape[1], stack.num_q // stack.num_kv
-    at, blocks_B = tokens.at_T[t], tokens.blocks_SB[tokens.sequence_T[t]]
-    num_keys = (at // BLOCK + 1) * BLOCK
+def _norm_heads(qkv_TW: Any, stack: Any, layer: Any, width: Any) -> None:
+    num_q, num_kv = stack.num_q, stack.num_kv
+    scale_H = np.empty(num_q, np.float32)
+    for t in range(len(qkv_TW)):
+        q_HD = qkv_TW[t, : num_q * width].reshape(num_q, width)
+        k_GD = qkv_TW[t, num_q * width : (num_q + num_kv) * width].reshape(num_kv, width)
+        norm._forward(q_HD, stack.q_norm_LD[layer], stack.eps, q_HD, scale_H)
+        norm._forward(k_GD, stack.k_norm_LD[layer], stack.eps, k_GD, scale_H)
+
+
+@piece
+def _scratch(stack: Any, tokens: Any) -> Any:
+    """A thread's own room for one query's scores, probabilities and output."""
+    num_keys = tokens.blocks_SB.shape[1] * BLOCK
+    shared, width = stack.num_q // stack.num_kv, tokens.cos_TD.shape[1]
     scores_IN = np.empty((shared, num_keys), np.float32)
-    probs_IN = np.empty((shared, num_keys), np.uint16)
-    out_ID = np.empty((shared, width), np.float32)
-    columns = slice(g * shared * width, (g + 1) * shared * width)
-    q_ID = room.turned_TW[t, columns].reshape(shared, width)
+    return scores_IN, np.empty((shared, num_keys), np.uint16), np.empty((shared, width), np.float32)
+
+
+@piece
+def _attend(
+    i: Any, room: Any, tokens: Any, stack: Any, cache: Any, scratch: Any, each: Any
+) -> None:
+    """`each` pairs of a token and a key head."""
+    shared = stack.num_q // stack.num_kv
     keys_B, values_B = cache
-    attend(q_ID, at, stack.window, keys_B, values_B, blocks_B, g, scores_IN, probs_IN, out_ID)
-    to_ID = room.attended_TW[t, columns].reshape(shared, width)
-    for j in range(shared):
-        to_D, out_D = to_ID[j], out_ID[j]
-        for d in range(width):
-            to_D[d] = rounded(out_D[d], to_D)
+    scores_IN, probs_IN, out_ID = scratch
+    for pair in range(i * each, min((i + 1) * each, len(room.x_TD) * stack.num_kv)):
+        t, g = pair // stack.num_kv, pair % stack.num_kv
+        at, blocks_B = tokens.at_T[t], tokens.blocks_SB[tokens.sequence_T[t]]
+        q_ID = room.turned_THD[t, g * shared : (g + 1) * shared]
+        attend(q_ID, at, stack.window, keys_B, values_B, blocks_B, g, scores_IN, probs_IN, out_ID)
+        for j in range(shared):
+            to_D, out_D = room.attended_THD[t, g * shared + j], out_ID[j]
+            for d in range(len(to_D)):
+                to_D[d] = rounded(out_D[d], to_D)
 
 
 @piece

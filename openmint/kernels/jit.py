@@ -78,6 +78,17 @@ def _bits_of(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
+@intrinsic
+def address(typing_context: Any, array: Any) -> Any:
+    """Where an array's memory begins."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.ptrtoint(view.data, ir.IntType(64))
+
+    return types.intp(array), generate
+
+
 def load(value):
     """float32 of an array's element; for kernels only."""
     raise NotImplementedError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmint.kernels.jit import as_array, kernel, load, piece, rounded
+from openmint.kernels.jit import address, as_array, kernel, load, piece, rounded
 from openmint.kernels.team import Together, alone, share, team
 from openmint.kernels.tile import MOST_ROWS, PANEL, STRIP, add_tile, panels, strip, strips, tile
 
@@ -116,14 +116,14 @@ def shrink(
     while row < stop:
         slot, rows = slots.slot_T[row], _alike(slots.slot_T, row, stop)
         rows = 4 if rows >= 4 else 1
-        address = np.int64(0) if slot < 0 else slots.shrink_S[slot]
-        if address != 0:
+        tiles = np.int64(0) if slot < 0 else slots.shrink_S[slot]
+        if tiles != 0:
             rank, scale = slots.rank_S[slot], slots.scale_S[slot]
             num_strips = (slots.num_parts if part < 0 else 1) * rank // STRIP
             start = max(part, 0) * rank
             for s in range(num_strips):
-                place = address + 2 * rank * before + s * pairs * 4 * STRIP
-                strip(rows, x + row * x_stride, x_stride, place, pairs, sums_N8.ctypes.data)
+                place = tiles + 2 * rank * before + s * pairs * 4 * STRIP
+                strip(rows, x + row * x_stride, x_stride, place, pairs, address(sums_N8))
                 for i in range(rows):
                     h_R, sums_8 = h_TR[row + i], sums_N8[i]
                     for r in range(STRIP):
@@ -138,12 +138,12 @@ def expand(sums: Any, first: Any, rows: Any, panel: Any, part: Any, slots: Any, 
     row, stop = first, first + rows
     while row < stop:
         alike, slot = _alike(slots.slot_T, row, stop), slots.slot_T[row]
-        address = np.int64(0) if slot < 0 else slots.expand_S[slot]
-        if address != 0:
+        tiles = np.int64(0) if slot < 0 else slots.expand_S[slot]
+        if tiles != 0:
             rank = slots.rank_S[slot]
             depth = rank if part >= 0 else rank * slots.num_parts
-            h = h_TR[row].ctypes.data + 2 * rank * max(part, 0)
-            place = address + panel * 2 * depth * PANEL
+            h = address(h_TR[row]) + 2 * rank * max(part, 0)
+            place = tiles + panel * 2 * depth * PANEL
             out = sums + (row - first) * 4 * PANEL
             add_tile(alike, h, 2 * h_TR.shape[1], place, 4 * PANEL, depth // 2, out, 4 * PANEL)
         row += alike
@@ -165,7 +165,7 @@ def panel(
 ) -> None:
     """Columns of one panel of y, rows `first..stop`; to what is there, if `adds`."""
     sums_N = np.empty((MOST_ROWS, PANEL), np.float32)
-    sums, pairs = sums_N.ctypes.data, weights.num_in // 2
+    sums, pairs = address(sums_N), weights.num_in // 2
     column, width = weights.panels_P3[index, COLUMN], weights.panels_P3[index, WIDTH]
     w = weights.address + index * pairs * 4 * PANEL
     tiles = (stop - first + MOST_ROWS - 1) // MOST_ROWS
@@ -196,7 +196,7 @@ def shrink_few(i: Any, x_TI: Any, slots: Any, h_TR: Any) -> None:
     if len(slots.slot_T):
         first, stop = i * FEW, min((i + 1) * FEW, len(x_TI))
         num_in = x_TI.shape[1]
-        shrink(x_TI.ctypes.data, 2 * num_in, num_in // 2, first, stop, slots, h_TR, -1, 0)
+        shrink(address(x_TI), 2 * num_in, num_in // 2, first, stop, slots, h_TR, -1, 0)
 
 
 @piece
@@ -211,7 +211,7 @@ def multiply(i: Any, x_TI: Any, weights: Any, slots: Any, h_TR: Any, y_TO: Any, 
     num_panels = len(weights.panels_P3)
     index, first = i % num_panels, i // num_panels * MANY
     stop, part = min(first + MANY, len(x_TI)), weights.panels_P3[index, PART]
-    x, x_stride = x_TI.ctypes.data, 2 * x_TI.shape[1]
+    x, x_stride = address(x_TI), 2 * x_TI.shape[1]
     panel(x, x_stride, first, stop, weights, index, part, slots, h_TR, y_TO, adds)
 
 
@@ -227,7 +227,7 @@ def _backward(
     grad_TO: Any, ends_N: Any, weights: Any, slots: Any, grad_x_TI: Any, grad_h_TR: Any
 ) -> None:
     """`ends_N` are the columns of y where its parts end."""
-    x, x_stride, start = grad_TO.ctypes.data, 2 * grad_TO.shape[1], 0
+    x, x_stride, start = address(grad_TO), 2 * grad_TO.shape[1], 0
     if len(slots.slot_T):
         for n in range(len(ends_N)):
             own, pairs = x + 2 * start, (ends_N[n] - start) // 2

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from openmint.kernels.jit import inlined
+from openmint.kernels.jit import address, inlined
 from openmint.types import IntArray
 
 FIELDS, CLAIMED, DONE = 16, 0, 8
@@ -87,7 +87,7 @@ def _give_way(typing: Any) -> Any:
 @inlined
 def share(team: Any, phase: Any, total: Any, work: Any, arguments: Any) -> None:
     """Do `work(i, *arguments)` for every `i < total` together; all is done on return."""
-    counters = team.ctypes.data + phase * FIELDS * 8
+    counters = address(team) + phase * FIELDS * 8
     i = _add_one(counters + CLAIMED * 8)
     while i < total:
         work(i, *arguments)

@@ -35,7 +35,8 @@ class TiledDense:
         layers = model.layers
         self._linears = [x for y in layers for x in (y.qkv, y.out, y.gate_up, y.down)]
         self._rotary = model.rotary
-        num_q, num_kv = layers[0].num_heads
+        self._num_heads, self._head_dim = layers[0].num_heads, layers[0].head_dim
+        num_q, num_kv = self._num_heads
         self._stack = dense_step.Stack(
             qkv=_of_all(self._linears[dense_step.QKV :: 4]),
             out=_of_all(self._linears[dense_step.OUT :: 4]),
@@ -78,13 +79,25 @@ class TiledDense:
         return normed_TD
 
     def _rooms(self, x_TD: Tensor, normed_TD: Tensor, hidden_width: int) -> dense_step.Rooms:
-        num_tokens, qkv, gate_up = len(x_TD), self._linears[0], self._linears[2]
-        attended, active = self._linears[1].num_in, self._linears[3].num_in
-        turned = qkv.num_out - qkv.parts[2].stop + qkv.parts[2].start
-        widths = (qkv.num_out, turned, attended, gate_up.num_out, active, hidden_width)
-        rooms = [np.empty((num_tokens, width), np.uint16) for width in widths]
-        scale_T = np.empty(num_tokens, np.float32)
-        return dense_step.Rooms(as_array(x_TD), as_array(normed_TD), scale_T, *rooms)
+        qkv, out, gate_up, down = self._linears[:4]
+        num_tokens, (num_q, num_kv), width = len(x_TD), self._num_heads, self._head_dim
+
+        def room(*shape: int) -> AnyArray:
+            return np.empty((num_tokens, *shape), np.uint16)
+
+        attended_TW = room(out.num_in)
+        return dense_step.Rooms(
+            x_TD=as_array(x_TD),
+            normed_TD=as_array(normed_TD),
+            scale_T=np.empty(num_tokens, np.float32),
+            qkv_TW=room(qkv.num_out),
+            turned_THD=room(num_q + num_kv, width),
+            attended_THD=attended_TW.reshape(num_tokens, num_q, width),
+            attended_TW=attended_TW,
+            gate_up_TF=room(gate_up.num_out),
+            active_TF=room(down.num_in),
+            h_TR=room(hidden_width),
+        )
 
     def _hidden_width(self, adapters: AdapterBatch | None) -> int:
         ranks = [a.spec.rank for a in adapters.stack.adapters] if adapters else []
