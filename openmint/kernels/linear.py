@@ -167,12 +167,15 @@ def panel(
     sums_N = np.empty((MOST_ROWS, PANEL), np.float32)
     sums, pairs = address(sums_N), weights.num_in // 2
     column, width = weights.panels_P3[index, COLUMN], weights.panels_P3[index, WIDTH]
-    w = weights.address + index * pairs * 4 * PANEL
+    panel_bytes = pairs * 4 * PANEL
+    w = weights.address + index * panel_bytes
     tiles = (stop - first + MOST_ROWS - 1) // MOST_ROWS
     row = first
     for t in range(tiles):
         rows = (stop - row + tiles - t - 1) // (tiles - t)
-        tile(rows, x + row * x_stride, x_stride, w, 4 * PANEL, pairs, sums, 4 * PANEL)
+        # The panel after the next, as a team of two takes turns, while this one is computed with.
+        ahead = w + 2 * panel_bytes + min(t, 3) * pairs * 64 if tiles > 2 else w
+        tile(rows, x + row * x_stride, x_stride, w, 4 * PANEL, pairs, sums, 4 * PANEL, ahead)
         if len(slots.slot_T):
             expand(sums, row, rows, index, part, slots, h_TR)
         for i in range(rows):

@@ -110,21 +110,39 @@ class _Emitter:
         builder.position_at_end(after)
         return news
 
+    def fetch(self, address: Any) -> None:
+        """Have a cache line brought near; any address will do."""
+        name, byte = "llvm.prefetch.p0", ir.IntType(8).as_pointer()
+        module = self.builder.module
+        kind = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+        fetch = module.globals.get(name) or ir.Function(module, kind, name)
+        how = [ir.Constant(_INT32, value) for value in (0, 2, 1)]  # to read, into L2, data
+        self.builder.call(fetch, [self.builder.inttoptr(address, byte), *how])
+
     def zero(self) -> Any:
         return ir.Constant(self.sums, [0.0] * self._lanes)
 
 
 def _tile(rows: int, vectors: int, adds: bool) -> Any:
-    """`tile(x, x_stride, w, w_stride, pairs, out, out_stride)`: float32 sums of `rows` rows and
-    `vectors * 16` columns. `w_stride` is from one pair of W to the next; `adds` to what is there.
+    """`tile(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)`: float32 sums of `rows` rows
+    and `vectors * 16` columns, `adds` to what is there or not. `w_stride` is from one pair of W to
+    the next. A tile that starts from zero has a cache line per pair brought near, from `ahead` on.
     """
 
     @intrinsic
     def tile(
-        typing: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, step: Any
+        typing: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        pairs: Any,
+        out: Any,
+        out_stride: Any,
+        ahead: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, x_stride, w, w_stride, pairs, out, out_stride = arguments
+            x, x_stride, w, w_stride, pairs, out, out_stride, ahead = arguments
             emit = _Emitter(builder, LANES)
             xs = [emit.at(x, x_stride, row) for row in range(rows)]
             places = [
@@ -136,6 +154,8 @@ def _tile(rows: int, vectors: int, adds: bool) -> Any:
             def body(index: Any, totals: list[Any]) -> list[Any]:
                 here = builder.add(w, builder.mul(w_stride, index))
                 columns = [emit.columns(emit.at(here, 64, v)) for v in range(vectors)]
+                if vectors == 4 and not adds:
+                    emit.fetch(emit.at(ahead, index, 64))
                 news = []
                 for row in range(rows):
                     pair = emit.pair(emit.at(xs[row], index, 4))
@@ -149,7 +169,7 @@ def _tile(rows: int, vectors: int, adds: bool) -> Any:
                 emit.store_sums(total, place)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 7), generate
+        return types.void(*[types.intp] * 8), generate
 
     return tile
 
@@ -199,21 +219,29 @@ _strip1, _strip4 = _strip(1), _strip(4)
 
 @piece
 def tile(
-    rows: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, out_stride: Any
+    rows: Any,
+    x: Any,
+    x_stride: Any,
+    w: Any,
+    w_stride: Any,
+    pairs: Any,
+    out: Any,
+    out_stride: Any,
+    ahead: Any,
 ) -> None:
-    """`out = x @ w`, up to 6 rows and 64 columns."""
+    """`out = x @ w`, up to 6 rows and 64 columns; memory from `ahead` on is brought near."""
     if rows == 6:
-        _wide6(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _wide6(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
     elif rows == 5:
-        _wide5(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _wide5(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
     elif rows == 4:
-        _wide4(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _wide4(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
     elif rows == 3:
-        _wide3(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _wide3(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
     elif rows == 2:
-        _wide2(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _wide2(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
     else:
-        _wide1(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _wide1(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
 
 
 @piece
@@ -222,17 +250,17 @@ def add_tile(
 ) -> None:
     """`out += x @ w`, up to 6 rows and 64 columns."""
     if rows == 6:
-        _more6(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _more6(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     elif rows == 5:
-        _more5(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _more5(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     elif rows == 4:
-        _more4(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _more4(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     elif rows == 3:
-        _more3(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _more3(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     elif rows == 2:
-        _more2(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _more2(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     else:
-        _more1(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _more1(x, x_stride, w, w_stride, pairs, out, out_stride, w)
 
 
 @piece
@@ -241,13 +269,13 @@ def slim_tile(
 ) -> None:
     """`out = x @ w`, up to 4 rows and 16 columns."""
     if rows == 4:
-        _slim4(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _slim4(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     elif rows == 3:
-        _slim3(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _slim3(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     elif rows == 2:
-        _slim2(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _slim2(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     else:
-        _slim1(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _slim1(x, x_stride, w, w_stride, pairs, out, out_stride, w)
 
 
 @piece
@@ -256,13 +284,13 @@ def add_slim_tile(
 ) -> None:
     """`out += x @ w`, up to 4 rows and 16 columns."""
     if rows == 4:
-        _slim_more4(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _slim_more4(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     elif rows == 3:
-        _slim_more3(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _slim_more3(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     elif rows == 2:
-        _slim_more2(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _slim_more2(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     else:
-        _slim_more1(x, x_stride, w, w_stride, pairs, out, out_stride)
+        _slim_more1(x, x_stride, w, w_stride, pairs, out, out_stride, w)
 
 
 @piece
