@@ -55,13 +55,14 @@ class Stack(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """The adapters of a batch for every linear layer: `linear.Slots` with a leading N."""
+    """The adapters of a batch for every linear layer: as `linear.Slots`, with a leading N."""
 
-    slot_T: Any
-    shrink_NS: Any
-    expand_NS: Any
-    rank_S: Any
-    scale_S: Any
+    slot_T: int
+    shrink_NS: int
+    expand_NS: int
+    rank_S: int
+    scale_S: int
+    num_slots: int
 
 
 class Tokens(NamedTuple):
@@ -153,8 +154,10 @@ def _slots(adapters: Any, layer: Any) -> Any:
 
 @piece
 def _of(adapters: Any, n: Any, num_parts: Any) -> Any:
-    a = adapters
-    return Slots(a.slot_T, a.shrink_NS[n], a.expand_NS[n], a.rank_S, a.scale_S, num_parts)
+    a, skipped = adapters, 8 * n * adapters.num_slots
+    return Slots(
+        a.slot_T, a.shrink_NS + skipped, a.expand_NS + skipped, a.rank_S, a.scale_S, num_parts
+    )
 
 
 @piece

@@ -89,6 +89,28 @@ def address(typing_context: Any, array: Any) -> Any:
     return types.intp(array), generate
 
 
+@intrinsic
+def int_at(typing_context: Any, address: Any, index: Any) -> Any:
+    """An element of int64 memory. Arrays in tuples are counted at each use; addresses aren't."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load(builder.gep(start, [arguments[1]]))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def float_at(typing_context: Any, address: Any, index: Any) -> Any:
+    """An element of float32 memory."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start = builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+        return builder.load(builder.gep(start, [arguments[1]]))
+
+    return types.float32(types.int64, types.int64), generate
+
+
 def load(value):
     """float32 of an array's element; for kernels only."""
     raise NotImplementedError

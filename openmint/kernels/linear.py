@@ -15,9 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmint.kernels.jit import address, as_array, kernel, load, piece, rounded
+from openmint.kernels.jit import (
+    address,
+    as_array,
+    float_at,
+    inlined,
+    int_at,
+    kernel,
+    load,
+    piece,
+    rounded,
+)
 from openmint.kernels.team import Together, alone, share, team
-from openmint.kernels.tile import MOST_ROWS, PANEL, STRIP, add_tile, panels, strip, strips, tile
+from openmint.kernels.tile import (
+    MOST_ROWS,
+    PANEL,
+    STRIP,
+    add_tile,
+    finish,
+    finish_adding,
+    panels,
+    strip,
+    strips,
+    tile,
+)
 
 FEW, MANY = 4, 256
 """Rows of a team's piece of work, of small operations and of products."""
@@ -36,17 +57,18 @@ class Weights(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The adapters of a batch, for one linear layer. Their memory is their maker's to keep."""
+    """The adapters of a batch, for one linear layer: addresses of arrays that others keep."""
 
-    slot_T: Any
-    """-1 for the bare base."""
-    shrink_S: Any
-    """Addresses of strips; 0 where an adapter doesn't have this layer."""
-    expand_S: Any
-    """Addresses of panels."""
-    rank_S: Any
+    slot_T: int
+    """-1 for the bare base; no array at all when the whole batch is."""
+    shrink_S: int
+    """Of addresses of strips; 0 where an adapter doesn't have this layer."""
+    expand_S: int
+    """Of addresses of panels."""
+    rank_S: int
     """Rows of one target, padded to whole strips."""
-    scale_S: Any
+    scale_S: int
+    """float32."""
     num_parts: int
 
 
@@ -92,7 +114,7 @@ def _whole(rows_RN: Tensor) -> Tensor:
 def _alike(slot_T: Any, row: Any, stop: Any) -> Any:
     """How many rows from `row` on have its slot."""
     end = row + 1
-    while end < stop and slot_T[end] == slot_T[row]:
+    while end < stop and int_at(slot_T, end) == int_at(slot_T, row):
         end += 1
     return end - row
 
@@ -114,11 +136,11 @@ def shrink(
     sums_N8 = np.empty((4, STRIP), np.float32)
     row = first
     while row < stop:
-        slot, rows = slots.slot_T[row], _alike(slots.slot_T, row, stop)
+        slot, rows = int_at(slots.slot_T, row), _alike(slots.slot_T, row, stop)
         rows = 4 if rows >= 4 else 1
-        tiles = np.int64(0) if slot < 0 else slots.shrink_S[slot]
+        tiles = np.int64(0) if slot < 0 else int_at(slots.shrink_S, slot)
         if tiles != 0:
-            rank, scale = slots.rank_S[slot], slots.scale_S[slot]
+            rank, scale = int_at(slots.rank_S, slot), float_at(slots.scale_S, slot)
             num_strips = (slots.num_parts if part < 0 else 1) * rank // STRIP
             start = max(part, 0) * rank
             for s in range(num_strips):
@@ -131,22 +153,38 @@ def shrink(
         row += rows
 
 
-@piece
-def expand(sums: Any, first: Any, rows: Any, panel: Any, part: Any, slots: Any, h_TR: Any) -> None:
+@inlined
+def expand(sums: Any, first: Any, rows: Any, panel: Any, part: Any, slots: Any, h: Any) -> None:
     """`sums += h @ B` of rows `first..first + rows` in one panel of y; of the h of one part, or of
-    all parts for `part < 0`."""
+    all parts for `part < 0`. `h` is the address and the stride of all rows' hidden values."""
     row, stop = first, first + rows
     while row < stop:
-        alike, slot = _alike(slots.slot_T, row, stop), slots.slot_T[row]
-        tiles = np.int64(0) if slot < 0 else slots.expand_S[slot]
+        alike, slot = _alike(slots.slot_T, row, stop), int_at(slots.slot_T, row)
+        tiles = np.int64(0) if slot < 0 else int_at(slots.expand_S, slot)
         if tiles != 0:
-            rank = slots.rank_S[slot]
+            rank = int_at(slots.rank_S, slot)
             depth = rank if part >= 0 else rank * slots.num_parts
-            h = address(h_TR[row]) + 2 * rank * max(part, 0)
-            place = tiles + panel * 2 * depth * PANEL
-            out = sums + (row - first) * 4 * PANEL
-            add_tile(alike, h, 2 * h_TR.shape[1], place, 4 * PANEL, depth // 2, out, 4 * PANEL)
+            own, stride = h[0] + row * h[1] + 2 * rank * max(part, 0), h[1]
+            place, out = tiles + panel * 2 * depth * PANEL, sums + (row - first) * 4 * PANEL
+            add_tile(alike, own, stride, place, 4 * PANEL, depth // 2, out, 4 * PANEL)
         row += alike
+
+
+@inlined
+def write(rows: Any, sums_N: Any, y_NW: Any, adds: Any) -> None:
+    """The sums to y, or added to what is there."""
+    width = y_NW.shape[1]
+    for i in range(rows):
+        if width == PANEL and adds:
+            finish_adding(address(sums_N[i]), address(y_NW[i]))
+        elif width == PANEL:
+            finish(address(sums_N[i]), address(y_NW[i]))
+        elif adds:
+            for n in range(width):
+                y_NW[i, n] = rounded(load(y_NW[i, n]) + load(rounded(sums_N[i, n], y_NW)), y_NW)
+        else:
+            for n in range(width):
+                y_NW[i, n] = rounded(sums_N[i, n], y_NW)
 
 
 @piece
@@ -165,38 +203,32 @@ def panel(
 ) -> None:
     """Columns of one panel of y, rows `first..stop`; to what is there, if `adds`."""
     sums_N = np.empty((MOST_ROWS, PANEL), np.float32)
-    sums, pairs = address(sums_N), weights.num_in // 2
+    sums, pairs, bias_O = address(sums_N), weights.num_in // 2, weights.bias_O
     column, width = weights.panels_P3[index, COLUMN], weights.panels_P3[index, WIDTH]
+    y_TW, h = y_TO[:, column : column + width], (address(h_TR), 2 * h_TR.shape[1])
     panel_bytes = pairs * 4 * PANEL
     w = weights.address + index * panel_bytes
-    tiles = (stop - first + MOST_ROWS - 1) // MOST_ROWS
+    has_adapters, tiles = slots.slot_T != 0, (stop - first + MOST_ROWS - 1) // MOST_ROWS
     row = first
     for t in range(tiles):
         rows = (stop - row + tiles - t - 1) // (tiles - t)
         # The panel after the next, as a team of two takes turns, while this one is computed with.
         ahead = w + 2 * panel_bytes + min(t, 3) * pairs * 64 if tiles > 2 else w
         tile(rows, x + row * x_stride, x_stride, w, 4 * PANEL, pairs, sums, 4 * PANEL, ahead)
-        if len(slots.slot_T):
-            expand(sums, row, rows, index, part, slots, h_TR)
-        for i in range(rows):
-            y_N, sums_W = y_TO[row + i, column : column + width], sums_N[i, :width]
-            if len(weights.bias_O):
-                bias_N = weights.bias_O[column : column + width]
+        if has_adapters:
+            expand(sums, row, rows, index, part, slots, h)
+        if len(bias_O):
+            for i in range(rows):
                 for n in range(width):
-                    sums_W[n] += bias_N[n]
-            if adds:
-                for n in range(width):
-                    y_N[n] = rounded(load(y_N[n]) + load(rounded(sums_W[n], y_N)), y_N)
-            else:
-                for n in range(width):
-                    y_N[n] = rounded(sums_W[n], y_N)
+                    sums_N[i, n] += bias_O[column + n]
+        write(rows, sums_N, y_TW[row : row + rows], adds)
         row += rows
 
 
 @piece
 def shrink_few(i: Any, x_TI: Any, slots: Any, h_TR: Any) -> None:
     """A team's piece of work: `shrink` a few rows for all targets."""
-    if len(slots.slot_T):
+    if slots.slot_T != 0:
         first, stop = i * FEW, min((i + 1) * FEW, len(x_TI))
         num_in = x_TI.shape[1]
         shrink(address(x_TI), 2 * num_in, num_in // 2, first, stop, slots, h_TR, -1, 0)
@@ -231,7 +263,7 @@ def _backward(
 ) -> None:
     """`ends_N` are the columns of y where its parts end."""
     x, x_stride, start = address(grad_TO), 2 * grad_TO.shape[1], 0
-    if len(slots.slot_T):
+    if slots.slot_T != 0:
         for n in range(len(ends_N)):
             own, pairs = x + 2 * start, (ends_N[n] - start) // 2
             shrink(own, x_stride, pairs, 0, len(grad_TO), slots, grad_h_TR, n, start)
@@ -241,10 +273,15 @@ def _backward(
 
 
 def forward(
-    x_TI: Tensor, num_out: int, weights: Weights, slots: Slots, together: Together = alone
+    x_TI: Tensor,
+    num_out: int,
+    weights: Weights,
+    slots: Slots,
+    num_rows: int,
+    together: Together = alone,
 ) -> tuple[Tensor, Tensor]:
-    """`y_TO`, and the adapters' `h_TR`, which the backward pass wants again."""
-    y_TO, h_TR = x_TI.new_empty(len(x_TI), num_out), x_TI.new_zeros(len(x_TI), width_of(slots))
+    """`y_TO`, and the adapters' `h_TR`, R being `num_rows`, which the backward pass wants again."""
+    y_TO, h_TR = x_TI.new_empty(len(x_TI), num_out), x_TI.new_zeros(len(x_TI), num_rows)
     counters, arrays = team(2), (as_array(x_TI), as_array(y_TO), as_array(h_TR))
     x, y, h = arrays
     together(lambda: _forward(counters, x, weights, slots, y, h))
@@ -252,22 +289,15 @@ def forward(
 
 
 def backward(
-    grad_TO: Tensor, ends_N: Any, num_in: int, weights: Weights, slots: Slots
+    grad_TO: Tensor, ends_N: Any, num_in: int, weights: Weights, slots: Slots, num_rows: int
 ) -> tuple[Tensor, Tensor]:
     """`grad_x_TI` and `grad_h_TR`. `weights` are W the other way round; of `slots`, `shrink_S` are
     the strips of each part's B, `expand_S` the panels of A."""
-    num_rows = len(grad_TO)
-    grad_x_TI = grad_TO.new_empty(num_rows, num_in)
-    grad_h_TR = grad_TO.new_zeros(num_rows, width_of(slots))
+    grad_x_TI = grad_TO.new_empty(len(grad_TO), num_in)
+    grad_h_TR = grad_TO.new_zeros(len(grad_TO), num_rows)
     _backward(as_array(grad_TO), ends_N, weights, slots, as_array(grad_x_TI), as_array(grad_h_TR))
     return grad_x_TI, grad_h_TR
 
 
-def width_of(slots: Slots) -> int:
-    """Columns that the hidden values of these adapters need."""
-    return int(slots.rank_S.max(initial=0)) * slots.num_parts
-
-
-_NOBODY = np.empty(0, np.int64)
-NO_ADAPTERS = Slots(_NOBODY, _NOBODY, _NOBODY, _NOBODY, np.empty(0, np.float32), 1)
+NO_ADAPTERS = Slots(0, 0, 0, 0, 0, 1)
 """A batch of the bare base."""

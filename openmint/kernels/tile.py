@@ -210,11 +210,37 @@ def _strip(rows: int) -> Any:
     return strip
 
 
+def _finish(adds: bool) -> Any:
+    """`finish(sums, y)`: 64 sums, rounded to bfloat16, to y; or `adds` them to what is there."""
+
+    @intrinsic
+    def finish(typing: Any, sums: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            emit = _Emitter(builder, LANES)
+            short = ir.VectorType(_BFloat(), LANES)
+            for vector in range(PANEL // LANES):
+                total = emit.load_sums(emit.at(arguments[0], 64, vector))
+                place = builder.inttoptr(emit.at(arguments[1], 32, vector), short.as_pointer())
+                value = builder.fptrunc(total, short)
+                if adds:
+                    there = builder.load(place)
+                    there.align = 2
+                    both = (builder.fpext(each, emit.sums) for each in (there, value))
+                    value = builder.fptrunc(builder.fadd(*both), short)
+                builder.store(value, place).align = 2
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), generate
+
+    return finish
+
+
 _wide1, _wide2, _wide3, _wide4, _wide5, _wide6 = (_tile(rows, 4, False) for rows in range(1, 7))
 _more1, _more2, _more3, _more4, _more5, _more6 = (_tile(rows, 4, True) for rows in range(1, 7))
 _slim1, _slim2, _slim3, _slim4 = (_tile(rows, 1, False) for rows in range(1, 5))
 _slim_more1, _slim_more2, _slim_more3, _slim_more4 = (_tile(rows, 1, True) for rows in range(1, 5))
 _strip1, _strip4 = _strip(1), _strip(4)
+finish, finish_adding = _finish(False), _finish(True)
 
 
 @piece

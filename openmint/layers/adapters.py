@@ -130,6 +130,11 @@ class AdapterStack:
         self.rank_S = np.array([self.padded_rank(s) for s in range(len(adapters))], np.int64)
         self.scale_S = np.array([a.spec.scaling for a in adapters], np.float32)
 
+    @property
+    def widest(self) -> int:
+        """Rows of one target of the adapter of the highest rank, padded."""
+        return int(self.rank_S.max(initial=0))
+
     def padded_rank(self, slot: int) -> int:
         """Rows of one target in the tiles of a slot's adapter."""
         return tiled.padded(self.adapters[slot].spec.rank)
@@ -230,8 +235,9 @@ class AdapterBatch:
     def slots(self, paths: tuple[str, ...], direction: Direction) -> tiled.Slots:
         """The adapters of these targets as the tiled kernels read them."""
         stack = self.stack
-        addresses = stack.addresses(paths, direction)
-        return tiled.Slots(self.slot_rows, *addresses, stack.rank_S, stack.scale_S, len(paths))
+        tiles = stack.addresses(paths, direction)
+        arrays = (self.slot_rows, *tiles, stack.rank_S, stack.scale_S)
+        return tiled.Slots(*[array.ctypes.data for array in arrays], len(paths))
 
     @cached_property
     def slot_rows(self) -> IntArray:

@@ -17,7 +17,7 @@ from torch import Tensor
 from openmint.kernels import linear as tiled
 from openmint.kernels.team import Together, alone
 from openmint.kernels.tile import IS_AVAILABLE, STRIP
-from openmint.layers.adapters import AdapterBatch
+from openmint.layers.adapters import AdapterBatch, Direction
 from openmint.types import TargetGroup, TargetModule
 
 PartWeights = tuple[str, Tensor, Tensor | None]
@@ -145,21 +145,33 @@ class TiledLinear(LoraLinear):
     def forward(
         self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together = alone
     ) -> tuple[Tensor, Tensor | None]:
-        slots = adapters.slots(self.paths, "forth") if adapters else tiled.NO_ADAPTERS
-        return tiled.forward(x_TI.contiguous(), self.num_out, self._forth, slots, together)
+        slots, num_rows = self._slots(adapters, "forth")
+        x_TI = x_TI.contiguous()
+        return tiled.forward(x_TI, self.num_out, self._forth, slots, num_rows, together)
 
     def backward(
         self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
     ) -> Tensor:
         grad_TO = grad_TO.contiguous()
-        slots = adapters.slots(self.paths, "back") if adapters else tiled.NO_ADAPTERS
-        grad_x_TI, grad_h_TR = tiled.backward(grad_TO, self._ends_N, self.num_in, self._back, slots)
+        slots, num_rows = self._slots(adapters, "back")
+        grad_x_TI, grad_h_TR = tiled.backward(
+            grad_TO, self._ends_N, self.num_in, self._back, slots, num_rows
+        )
         if adapters is not None and adapters.sink is not None and h_TR is not None:
             for slot, rows in adapters.runs:
                 if self.paths[0] in adapters.stack.adapters[slot].views:
                     hidden = h_TR[rows], grad_h_TR[rows]
                     self._give(adapters, slot, grad_TO[rows], x_TI[rows], *hidden)
         return grad_x_TI
+
+    def _slots(
+        self, adapters: AdapterBatch | None, direction: Direction
+    ) -> tuple[tiled.Slots, int]:
+        """The adapters, and how many hidden values they give each token."""
+        if adapters is None:
+            return tiled.NO_ADAPTERS, 0
+        num_rows = adapters.stack.widest * len(self.parts)
+        return adapters.slots(self.paths, direction), num_rows
 
     def _give(
         self,

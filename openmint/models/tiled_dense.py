@@ -14,7 +14,6 @@ from torch import Tensor
 
 from openmint.kernels import dense_step
 from openmint.kernels.jit import F32, as_array
-from openmint.kernels.linear import padded
 from openmint.kernels.team import team
 from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import NO_WINDOW, TiledPages
@@ -69,7 +68,8 @@ class TiledDense:
         seen = pages.sequence_T, pages.blocks_SB
         tokens = dense_step.Tokens(positions_T.numpy(), *seen, *angles)
         normed_TD = torch.empty_like(x_TD)
-        rooms = self._rooms(x_TD, normed_TD, self._hidden_width(adapters))
+        hidden_width = WIDEST_FUSION * adapters.stack.widest if adapters else 0
+        rooms = self._rooms(x_TD, normed_TD, hidden_width)
         cache, stack, batch = pages.cache, self._stack, self._adapters(adapters)
         counters = team(len(cache.keys_LB) * dense_step.PHASES + 1)
         keys_LB, values_LB = cache.keys_LB, cache.values_LB
@@ -99,20 +99,14 @@ class TiledDense:
             h_TR=room(hidden_width),
         )
 
-    def _hidden_width(self, adapters: AdapterBatch | None) -> int:
-        ranks = [a.spec.rank for a in adapters.stack.adapters] if adapters else []
-        return WIDEST_FUSION * padded(max(ranks, default=0))
-
     def _adapters(self, adapters: AdapterBatch | None) -> dense_step.Adapters:
         if adapters is None:
-            nobody_NS = np.empty((len(self._linears), 0), np.int64)
-            empty = np.empty(0, np.int64)
-            return dense_step.Adapters(empty, nobody_NS, nobody_NS, empty, np.empty(0, np.float32))
+            return dense_step.Adapters(0, 0, 0, 0, 0, 0)
         stack = adapters.stack
-        shrink_NS, expand_NS = stack.table(self._linears)
-        return dense_step.Adapters(
-            adapters.slot_rows, shrink_NS, expand_NS, stack.rank_S, stack.scale_S
-        )
+        tiles = stack.table(self._linears)
+        arrays = (adapters.slot_rows, *tiles, stack.rank_S, stack.scale_S)
+        addresses = [array.ctypes.data for array in arrays]
+        return dense_step.Adapters(*addresses, len(stack.adapters))
 
 
 def _of_all(linears: Sequence[LoraLinear]) -> dense_step.Linear:
