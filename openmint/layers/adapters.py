@@ -236,8 +236,14 @@ class AdapterBatch:
         """The adapters of these targets as the tiled kernels read them."""
         stack = self.stack
         tiles = stack.addresses(paths, direction)
-        arrays = (self.slot_rows, *tiles, stack.rank_S, stack.scale_S)
-        return tiled.Slots(*[array.ctypes.data for array in arrays], len(paths))
+        return tiled.Slots(
+            slot_T=self.slot_rows.ctypes.data,
+            shrink_S=tiles[0].ctypes.data,
+            expand_S=tiles[1].ctypes.data,
+            rank_S=stack.rank_S.ctypes.data,
+            scale_S=stack.scale_S.ctypes.data,
+            num_parts=len(paths),
+        )
 
     @cached_property
     def slot_rows(self) -> IntArray:

@@ -103,10 +103,15 @@ class TiledDense:
         if adapters is None:
             return dense_step.Adapters(0, 0, 0, 0, 0, 0)
         stack = adapters.stack
-        tiles = stack.table(self._linears)
-        arrays = (adapters.slot_rows, *tiles, stack.rank_S, stack.scale_S)
-        addresses = [array.ctypes.data for array in arrays]
-        return dense_step.Adapters(*addresses, len(stack.adapters))
+        shrink_NS, expand_NS = stack.table(self._linears)
+        return dense_step.Adapters(
+            slot_T=adapters.slot_rows.ctypes.data,
+            shrink_NS=shrink_NS.ctypes.data,
+            expand_NS=expand_NS.ctypes.data,
+            rank_S=stack.rank_S.ctypes.data,
+            scale_S=stack.scale_S.ctypes.data,
+            num_slots=len(stack.adapters),
+        )
 
 
 def _of_all(linears: Sequence[LoraLinear]) -> dense_step.Linear:
