@@ -1,0 +1,146 @@
+"""The step kernel computes what the layers compute, to the bit, and both follow `transformers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from openmint.config import WorkerConfig
+from openmint.engine.lanes import Lanes
+from openmint.kernels.team import Together, alone
+from openmint.kernels.tile import IS_AVAILABLE
+from openmint.layers.adapters import AdapterBatch, AdapterLayout, AdapterStack, AdapterWeights
+from openmint.layers.attention import PackedAttention, TiledCache, TiledPages
+from openmint.models.loader import load_model
+from openmint.models.model import Batch, Model
+from openmint.types import Digest, LoraSpec
+from tests.workbench import FAMILIES, reference
+
+pytestmark = pytest.mark.skipif(not IS_AVAILABLE, reason="this CPU has no AVX512-BF16")
+
+SHAPE = {
+    "vocab_size": 160,
+    "hidden_size": 96,
+    "intermediate_size": 136,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+LENGTHS = (23, 1, 40, 17, 9)
+SLOTS = (0, -1, 1, 2, 1)
+SPECS = (LoraSpec(1), LoraSpec(20, 10.0, train_mlp=False), LoraSpec(8, train_attn=False))
+CPU = torch.device("cpu")
+
+
+def saved(family: str, directory: Path) -> Path:
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, name)(**{**extra, **SHAPE})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    return directory
+
+
+def loaded(directory: Path) -> Model:
+    model, _ = load_model("m", directory, Digest("sha256:0"), WorkerConfig(dtype="bfloat16"))
+    assert model.is_tiled
+    return model
+
+
+def adapters_of(model: Model) -> AdapterStack:
+    made = []
+    for seed, spec in enumerate(SPECS):
+        layout = AdapterLayout(spec, [t for t in model.targets if t.group in spec.groups])
+        generator = torch.Generator().manual_seed(seed)
+        values_P = 0.1 * torch.randn(layout.num_params, generator=generator)
+        made.append(AdapterWeights(layout, values_P.bfloat16()))
+    return AdapterStack(made)
+
+
+def rows_of(tokens: list[Tensor], stops: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and slots of whole sequences, packed."""
+    slots = [torch.full((stop,), slot) for stop, slot in zip(stops, SLOTS, strict=True)]
+    return torch.cat(tokens), torch.cat([torch.arange(n) for n in stops]), torch.cat(slots)
+
+
+def by_layers(model: Model, tokens: list[Tensor], stack: AdapterStack | None) -> Tensor:
+    tokens_T, positions_T, slot_T = rows_of(tokens, list(LENGTHS))
+    batch = Batch(
+        PackedAttention(LENGTHS, CPU, model.window), AdapterBatch(stack, slot_T) if stack else None
+    )
+    with torch.no_grad():
+        return model.forward(tokens_T, positions_T, batch)
+
+
+def by_steps(
+    model: Model, tokens: list[Tensor], stack: AdapterStack | None, together: Together
+) -> Tensor:
+    """The same in ragged chunks over shuffled pages."""
+    numbers = np.random.default_rng(7)
+    shape = model.cache_shape
+    cache = TiledCache(shape.num_layers, 24, 16, shape.num_kv_heads, shape.head_dim)
+    cache.keys_LB[:] = numbers.integers(0, 0x7F00, cache.keys_LB.shape)  # an earlier owner's
+    cache.values_LB[:] = numbers.integers(0, 0x4F00, cache.values_LB.shape)
+    pages_SP = numbers.permutation(24)[: 3 * len(LENGTHS)].reshape(len(LENGTHS), 3)
+    out: list[list[Tensor]] = [[] for _ in LENGTHS]
+    done = [0] * len(LENGTHS)
+    while any(at < length for at, length in zip(done, LENGTHS, strict=True)):
+        going = [i for i, at in enumerate(done) if at < LENGTHS[i] and numbers.random() < 0.7]
+        if not going:
+            continue
+        sizes = [int(numbers.integers(1, LENGTHS[i] - done[i] + 1)) for i in going]
+        spans = [(i, done[i], done[i] + n) for i, n in zip(going, sizes, strict=True)]
+        tokens_T = torch.cat([tokens[i][a:b] for i, a, b in spans])
+        at_T = torch.cat([torch.arange(a, b) for _, a, b in spans])
+        slot_T = torch.cat([torch.full((b - a,), SLOTS[i]) for i, a, b in spans])
+        sequence_T = np.repeat(np.arange(len(going)), sizes)
+        pages = TiledPages(cache, sequence_T, cache.blocks(pages_SP[going]), together)
+        with torch.no_grad():
+            batch = AdapterBatch(stack, slot_T) if stack else None
+            hidden = model.sample(tokens_T, at_T, pages, batch)
+        for i, n, part in zip(going, sizes, hidden.split(sizes), strict=True):
+            out[i].append(part)
+            done[i] += n
+    return torch.cat([part for parts in out for part in parts])
+
+
+@pytest.fixture
+def tokens() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 160, (length,), generator=generator) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapters"])
+def test_a_step_equals_the_layers_to_the_bit(
+    family: str, adapted: bool, tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = loaded(saved(family, tmp_path))
+    stack = adapters_of(model) if adapted else None
+    expected = by_layers(model, tokens, stack)
+    assert torch.equal(by_steps(model, tokens, stack, alone), expected)
+    assert torch.equal(by_steps(model, tokens, stack, Lanes(CPU).together), expected)
+    if adapted:
+        assert not torch.equal(expected, by_layers(model, tokens, None))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiled_logits_follow_transformers(
+    family: str, tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = loaded(saved(family, tmp_path))
+    with torch.no_grad():
+        ours = model.head(by_steps(model, tokens, None, alone), None).float()
+        twin: Any = reference(tmp_path).bfloat16().float()
+        theirs = torch.cat([twin(row[None]).logits[0] for row in tokens])
+    assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
