@@ -124,7 +124,7 @@ class PackedAttention:
 
     def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         longest = max(bucket.index_SL.shape[1] for bucket in self.buckets)
-        if is_plain(q_THD, longest):
+        if is_tiled(q_THD) or is_plain(q_THD, longest):
             out: Tensor = _PlainPacked.apply(q_THD, k_TGD, v_TGD, self)
             return out
         outputs = []
@@ -180,8 +180,20 @@ def _ungrouped(x_SGQD: Tensor, shape: torch.Size) -> Tensor:
     return split.permute(0, 3, 1, 2, 4).reshape(shape)
 
 
+def _attended(
+    q_SLHD: Tensor, k_SLGD: Tensor, v_SLGD: Tensor, sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """The output `[S, L, H, D]` and the probabilities."""
+    if is_tiled(q_SLHD):
+        return tiled.forward(q_SLHD, k_SLGD, v_SLGD, sight.at_SL, sight.window)
+    k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
+    out_SGQD, probs_SGQK = _plain(_grouped(q_SLHD, k_SGLD.shape[1]), k_SGLD, v_SGLD, sight)
+    return _ungrouped(out_SGQD, q_SLHD.shape), probs_SGQK
+
+
 class _PlainPacked(torch.autograd.Function):
-    """`PackedAttention` on CPUs, up to PLAIN_TOKENS; keeps the probabilities for the way back."""
+    """`PackedAttention` on CPUs. Keeps the probabilities for the way back, up to PLAIN_TOKENS; of
+    longer sequences (in tiles only) it computes them again, a layer at a time."""
 
     @staticmethod
     def forward(
@@ -190,18 +202,10 @@ class _PlainPacked(torch.autograd.Function):
         outputs, kept = [], []
         for bucket in packed.buckets:
             q_SLHD, k_SLGD, v_SLGD = (packed.take(x, bucket) for x in (q_THD, k_TGD, v_TGD))
-            k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
-            q_SGQD = _grouped(q_SLHD, k_SGLD.shape[1])
-            if is_tiled(q_SLHD):
-                sight = bucket.sight
-                out_SLHD, probs_SGQK = tiled.forward(
-                    q_SLHD, k_SLGD, v_SLGD, sight.at_SL, sight.window
-                )
-            else:
-                out_SGQD, probs_SGQK = _plain(q_SGQD, k_SGLD, v_SGLD, bucket.sight)
-                out_SLHD = _ungrouped(out_SGQD, q_SLHD.shape)
+            out_SLHD, probs_SGQK = _attended(q_SLHD, k_SLGD, v_SLGD, bucket.sight)
             outputs.append(out_SLHD.flatten(0, 1))
-            kept += [q_SGQD, k_SGLD, v_SGLD, probs_SGQK]
+            is_long = probs_SGQK.shape[3] > PLAIN_TOKENS
+            kept += [q_SLHD, k_SLGD, v_SLGD, None if is_long else probs_SGQK]
         ctx.save_for_backward(*kept)
         ctx.packed, ctx.heads_shape = packed, q_THD.shape
         return packed.join(outputs).flatten(1)
@@ -212,7 +216,11 @@ class _PlainPacked(torch.autograd.Function):
         grad_THD = grads[0].view(ctx.heads_shape)
         parts = []
         for i, bucket in enumerate(packed.buckets):
-            q_SGQD, k_SGLD, v_SGLD, probs_SGQK = ctx.saved_tensors[4 * i : 4 * i + 4]
+            q_SLHD, k_SLGD, v_SLGD, probs_SGQK = ctx.saved_tensors[4 * i : 4 * i + 4]
+            if probs_SGQK is None:
+                _, probs_SGQK = _attended(q_SLHD, k_SLGD, v_SLGD, bucket.sight)
+            k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
+            q_SGQD = _grouped(q_SLHD, k_SGLD.shape[1])
             grad_SLHD = packed.take(grad_THD, bucket)
             if bucket.is_padding_SL is not None:
                 grad_SLHD[bucket.is_padding_SL] = 0.0

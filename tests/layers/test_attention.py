@@ -14,6 +14,7 @@ from torch import Tensor
 from openmint.engine.plan import Chunk
 from openmint.engine.sample_step import SampleLane
 from openmint.kernels.team import alone
+from openmint.kernels.tile import IS_AVAILABLE
 from openmint.layers import attention
 from openmint.layers.attention import MAX_PADDING, KVCache, PackedAttention, length_buckets
 from openmint.models.model import CacheShape
@@ -28,9 +29,9 @@ def ragged(seed: int) -> list[int]:
     return [int(n) for n in numbers.integers(1, 30, numbers.integers(1, 12))]
 
 
-def random_qkv(num_tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_qkv(num_tokens: int, seed: int, width: int = DIM) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((num_tokens, HEADS, DIM), (num_tokens, KV_HEADS, DIM), (num_tokens, KV_HEADS, DIM))
+    shapes = [(num_tokens, heads, width) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes)
     return q, k, v
 
@@ -38,7 +39,7 @@ def random_qkv(num_tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def plain(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """One sequence: every query over the keys up to its own, at most `window` of them."""
     k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(DIM)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[2])
     at = torch.arange(len(q))
     distance = at[:, None] - at[None, :]
     sees = distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -74,6 +75,24 @@ def test_packed_attention_is_each_sequences_own(seed: int, window: int | None) -
     for ours, theirs in zip(*results, strict=True):
         # In float32, as the kernels compute; a gradient that is zero by algebra is 2e-6 by sums.
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.skipif(not IS_AVAILABLE, reason="this CPU has no AVX512-BF16")
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("width", [16, 64, 80])
+def test_tiled_attention_is_each_sequences_own(width: int, window: int | None) -> None:
+    lengths = [*ragged(0), 70]
+    inputs = [x.bfloat16() for x in random_qkv(sum(lengths), 0, width)]
+    grad_out = random_qkv(sum(lengths), 1, width)[0].flatten(1).bfloat16()
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = PackedAttention(lengths, CPU, window).attend(0, leaves[0], leaves[1], leaves[2])
+    results = [out, *torch.autograd.grad(out, leaves, grad_out)]
+    wide = [x.float().requires_grad_() for x in inputs]
+    expected = plain_packed(wide[0], wide[1], wide[2], lengths, window)
+    theirs = [expected, *torch.autograd.grad(expected, wide, grad_out.float())]
+    for ours, their in zip(results, theirs, strict=True):
+        gap, size = (ours.detach().float() - their.detach()).norm(), their.detach().norm()
+        assert float(gap) <= 1e-2 * float(size) + 0.05
 
 
 def paged_sampler(window: int | None, num_pages: int) -> SampleLane:
