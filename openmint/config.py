@@ -27,6 +27,9 @@ class WorkerConfig:
     """Where the base lives: `cpu` or `cuda`."""
     dtype: str = "bfloat16"
     """Compute precision of the base and of serving adapters: `bfloat16` or `float32`."""
+    serving_weights: str = "same"
+    """Weights of the base that sampling reads: the `same` as training, or `int8`, its own copy,
+    half as much to read, whose answers differ a little from what the trainer computes."""
     threads: int = 0
     """Torch threads of each worker; 0 shares the machine's cores among the workers."""
     max_rank: int = 128

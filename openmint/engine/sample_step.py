@@ -202,7 +202,7 @@ class SampleLane:
 
     def _logits(self, hidden_RD: Tensor, slot_R: IntArray) -> Tensor:
         head = self._model.head
-        return head.forward(hidden_RD, self._adapters(slot_R), self._together)[0]
+        return head.serve(hidden_RD, self._adapters(slot_R), self._together)
 
     def _to(self, array: AnyArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -32,6 +32,7 @@ class Linear(NamedTuple):
     address_L: Any
     panels_P3: Any
     bias_LO: Any
+    scale_LO: Any
     num_in: int
 
 
@@ -138,8 +139,8 @@ def _weights(stack: Any, layer: Any) -> Any:
 
 @piece
 def _weight(linear: Any, layer: Any) -> Any:
-    bias_O = linear.bias_LO[layer]
-    return Weights(linear.address_L[layer], linear.panels_P3, bias_O, linear.num_in)
+    bias_O, scale_O = linear.bias_LO[layer], linear.scale_LO[layer]
+    return Weights(linear.address_L[layer], linear.panels_P3, bias_O, scale_O, linear.num_in)
 
 
 @piece

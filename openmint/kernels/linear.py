@@ -32,6 +32,7 @@ from openmint.kernels.tile import (
     PANEL,
     STRIP,
     add_tile,
+    byte_tile,
     finish,
     finish_adding,
     panels,
@@ -53,6 +54,8 @@ class Weights(NamedTuple):
     panels_P3: Any
     bias_O: Any
     """float32; empty without a bias."""
+    scale_O: Any
+    """float32; empty when the panels are bfloat16, else they are int8 and y is multiplied by it."""
     num_in: int
 
 
@@ -82,6 +85,12 @@ def pack(parts_OI: Sequence[Tensor]) -> tuple[Tensor, Any]:
         column += len(weight_OI)
     padded = [torch.nn.functional.pad(w, (0, 0, 0, -len(w) % PANEL)) for w in parts_OI]
     return panels(torch.cat(padded)), np.array(places)
+
+
+def to_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 and a float32 scale each: the largest of a row becomes 127."""
+    scale_O = weight_OI.float().abs().amax(dim=1).clamp(min=1e-12) / 127
+    return (weight_OI.float() / scale_O[:, None]).round().to(torch.int8), scale_O
 
 
 Targets = Sequence[tuple[Tensor, Tensor]]
@@ -203,10 +212,12 @@ def panel(
 ) -> None:
     """Columns of one panel of y, rows `first..stop`; to what is there, if `adds`."""
     sums_N = np.empty((MOST_ROWS, PANEL), np.float32)
-    sums, pairs, bias_O = address(sums_N), weights.num_in // 2, weights.bias_O
+    sums, pairs = address(sums_N), weights.num_in // 2
+    bias_O, scale_O, is_int8 = weights.bias_O, weights.scale_O, len(weights.scale_O) > 0
     column, width = weights.panels_P3[index, COLUMN], weights.panels_P3[index, WIDTH]
     y_TW, h = y_TO[:, column : column + width], (address(h_TR), 2 * h_TR.shape[1])
-    panel_bytes = pairs * 4 * PANEL
+    stride = 2 * PANEL if is_int8 else 4 * PANEL
+    panel_bytes = pairs * stride
     w = weights.address + index * panel_bytes
     has_adapters, tiles = slots.slot_T != 0, (stop - first + MOST_ROWS - 1) // MOST_ROWS
     row = first
@@ -214,7 +225,14 @@ def panel(
         rows = (stop - row + tiles - t - 1) // (tiles - t)
         # The panel after the next, as a team of two takes turns, while this one is computed with.
         ahead = w + 2 * panel_bytes + min(t, 3) * pairs * 64 if tiles > 2 else w
-        tile(rows, x + row * x_stride, x_stride, w, 4 * PANEL, pairs, sums, 4 * PANEL, ahead)
+        here = x + row * x_stride
+        if is_int8:
+            byte_tile(rows, here, x_stride, w, stride, pairs, sums, 4 * PANEL, ahead)
+            for i in range(rows):
+                for n in range(width):
+                    sums_N[i, n] *= scale_O[column + n]
+        else:
+            tile(rows, here, x_stride, w, stride, pairs, sums, 4 * PANEL, ahead)
         if has_adapters:
             expand(sums, row, rows, index, part, slots, h)
         if len(bias_O):

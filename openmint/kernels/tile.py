@@ -78,6 +78,20 @@ class _Emitter:
         """A pair of each of W's columns."""
         return self.builder.bitcast(self.load_sums(address), self._pairs)
 
+    def byte_columns(self, address: Any) -> Any:
+        """The same of int8 values; bfloat16 holds all of them."""
+        builder, bytes_N = self.builder, ir.VectorType(ir.IntType(8), self._lanes)
+        halves = []
+        for half in range(2):
+            place = builder.inttoptr(self.at(address, self._lanes, half), bytes_N.as_pointer())
+            loaded = builder.load(place)
+            loaded.align = 1
+            halves.append(builder.sitofp(builder.sext(loaded, self._words), self.sums))
+        name, module = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", builder.module
+        kind = ir.FunctionType(self._pairs, [self.sums, self.sums])
+        join = module.globals.get(name) or ir.Function(module, kind, name)
+        return builder.call(join, [halves[1], halves[0]])
+
     def pair(self, address: Any) -> Any:
         """One pair of x, for every column."""
         word = self.builder.load(self.builder.inttoptr(address, _INT32.as_pointer()))
@@ -123,7 +137,7 @@ class _Emitter:
         return ir.Constant(self.sums, [0.0] * self._lanes)
 
 
-def _tile(rows: int, vectors: int, adds: bool) -> Any:
+def _tile(rows: int, vectors: int, adds: bool, of_bytes: bool = False) -> Any:
     """`tile(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)`: float32 sums of `rows` rows
     and `vectors * 16` columns, `adds` to what is there or not. `w_stride` is from one pair of W to
     the next. A tile that starts from zero has a cache line per pair brought near, from `ahead` on.
@@ -153,7 +167,8 @@ def _tile(rows: int, vectors: int, adds: bool) -> Any:
 
             def body(index: Any, totals: list[Any]) -> list[Any]:
                 here = builder.add(w, builder.mul(w_stride, index))
-                columns = [emit.columns(emit.at(here, 64, v)) for v in range(vectors)]
+                read, size = (emit.byte_columns, 32) if of_bytes else (emit.columns, 64)
+                columns = [read(emit.at(here, size, v)) for v in range(vectors)]
                 if vectors == 4 and not adds:
                     emit.fetch(emit.at(ahead, index, 64))
                 news = []
@@ -239,6 +254,9 @@ _wide1, _wide2, _wide3, _wide4, _wide5, _wide6 = (_tile(rows, 4, False) for rows
 _more1, _more2, _more3, _more4, _more5, _more6 = (_tile(rows, 4, True) for rows in range(1, 7))
 _slim1, _slim2, _slim3, _slim4 = (_tile(rows, 1, False) for rows in range(1, 5))
 _slim_more1, _slim_more2, _slim_more3, _slim_more4 = (_tile(rows, 1, True) for rows in range(1, 5))
+_byte1, _byte2, _byte3, _byte4, _byte5, _byte6 = (
+    _tile(rows, 4, False, of_bytes=True) for rows in range(1, 7)
+)
 _strip1, _strip4 = _strip(1), _strip(4)
 finish, finish_adding = _finish(False), _finish(True)
 
@@ -268,6 +286,33 @@ def tile(
         _wide2(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
     else:
         _wide1(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+
+
+@piece
+def byte_tile(
+    rows: Any,
+    x: Any,
+    x_stride: Any,
+    w: Any,
+    w_stride: Any,
+    pairs: Any,
+    out: Any,
+    out_stride: Any,
+    ahead: Any,
+) -> None:
+    """`tile` of int8 panels; memory from `ahead` on is brought near."""
+    if rows == 6:
+        _byte6(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+    elif rows == 5:
+        _byte5(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+    elif rows == 4:
+        _byte4(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+    elif rows == 3:
+        _byte3(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+    elif rows == 2:
+        _byte2(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+    else:
+        _byte1(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
 
 
 @piece
@@ -342,7 +387,7 @@ def _blocks(weight_OI: Tensor, width: int) -> Tensor:
     num_out, num_in = weight_OI.shape
     padded_OI = F.pad(weight_OI, (0, -num_in % 2, 0, -num_out % width))
     blocks = padded_OI.view(-1, width, padded_OI.shape[1] // 2, 2).transpose(1, 2)
-    room = torch.empty(blocks.numel() + LANES * 2, dtype=weight_OI.dtype)
-    start = (-room.data_ptr()) % 64 // 2  # whole cache lines
+    room = torch.empty(blocks.numel() + 64, dtype=weight_OI.dtype)
+    start = (-room.data_ptr()) % 64 // room.itemsize  # whole cache lines
     aligned = room[start : start + blocks.numel()].view(blocks.shape)
     return aligned.copy_(blocks)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openmint.errors import InvalidRequest
 from openmint.kernels import linear as tiled
-from openmint.kernels.team import Together, alone
+from openmint.kernels.team import Together
 from openmint.kernels.tile import IS_AVAILABLE, STRIP
 from openmint.layers.adapters import AdapterBatch, Direction
 from openmint.types import TargetGroup, TargetModule
@@ -61,12 +62,13 @@ class LoraLinear:
             return out
         return self.forward(x_TI, adapters)[0]
 
-    def forward(
-        self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together = alone
-    ) -> tuple[Tensor, Tensor | None]:
-        """`y_TO`, and the adapters' hidden values, which the backward pass wants again. `together`
-        are threads that may share the work."""
+    def forward(self, x_TI: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, Tensor | None]:
+        """`y_TO`, and the adapters' hidden values, which the backward pass wants again."""
         raise NotImplementedError
+
+    def serve(self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together) -> Tensor:
+        """`y_TO` for sampling, by threads that may share the work."""
+        return self.forward(x_TI, adapters)[0]
 
     def backward(
         self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
@@ -85,9 +87,7 @@ class TorchLinear(LoraLinear):
         biases = [bias for _, _, bias in parts if bias is not None]
         self._bias_O = torch.cat(biases) if biases else None
 
-    def forward(
-        self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together = alone
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_TI: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, Tensor | None]:
         y_TO = F.linear(x_TI, self._weight_OI, self._bias_O)
         delta = adapters.delta(self.group, self.paths) if adapters else None
         if delta is None:
@@ -119,9 +119,14 @@ class TorchLinear(LoraLinear):
 
 
 class TiledLinear(LoraLinear):
-    """bfloat16 on AVX512-BF16: weights laid out once for each direction, adapters row by row."""
+    """bfloat16 on AVX512-BF16: weights laid out once for each direction, adapters row by row.
 
-    def __init__(self, group: TargetGroup, parts: Sequence[PartWeights]) -> None:
+    Sampling reads `serving`: the forward weights, or int8 ones of their own.
+    """
+
+    def __init__(
+        self, group: TargetGroup, parts: Sequence[PartWeights], serves_int8: bool = False
+    ) -> None:
         super().__init__(group, parts)
         weights = [weight for _, weight, _ in parts]
         biases = [bias for _, _, bias in parts if bias is not None]
@@ -129,6 +134,9 @@ class TiledLinear(LoraLinear):
         self._forth, self._forth_memory = _weights(weights, bias_O)
         back = torch.cat(weights).t().contiguous()
         self._back, self._back_memory = _weights([back], np.empty(0, np.float32))
+        self.serving, self._serving_memory = self._forth, self._forth_memory
+        if serves_int8:
+            self.serving, self._serving_memory = _int8_weights(weights, bias_O)
         self._ends_N = np.array([part.stop for part in self.parts])
 
     @staticmethod
@@ -138,16 +146,15 @@ class TiledLinear(LoraLinear):
         is_bf16 = all(w.device.type == "cpu" and w.dtype == torch.bfloat16 for w in weights)
         return IS_AVAILABLE and is_bf16 and all(n % STRIP == 0 for w in weights for n in w.shape)
 
-    @property
-    def weights(self) -> tiled.Weights:
-        return self._forth
-
-    def forward(
-        self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together = alone
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_TI: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, Tensor | None]:
         slots, num_rows = self._slots(adapters, "forth")
         x_TI = x_TI.contiguous()
-        return tiled.forward(x_TI, self.num_out, self._forth, slots, num_rows, together)
+        return tiled.forward(x_TI, self.num_out, self._forth, slots, num_rows)
+
+    def serve(self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together) -> Tensor:
+        slots, num_rows = self._slots(adapters, "forth")
+        x_TI = x_TI.contiguous()
+        return tiled.forward(x_TI, self.num_out, self.serving, slots, num_rows, together)[0]
 
     def backward(
         self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
@@ -192,14 +199,35 @@ class TiledLinear(LoraLinear):
             adapters.sink.add(slot, part.path, grad_a_RI[rows], grad_b_RO)
 
 
-def lora_linear(group: TargetGroup, parts: Sequence[PartWeights]) -> LoraLinear:
-    """The fastest kind for these weights on this machine."""
-    return (TiledLinear if TiledLinear.suits(parts) else TorchLinear)(group, parts)
+def lora_linear(
+    group: TargetGroup, parts: Sequence[PartWeights], serves_int8: bool = False
+) -> LoraLinear:
+    """The fastest kind for these weights on this machine.
+
+    Raises InvalidRequest for an int8 serving base where there are no tiles.
+    """
+    if TiledLinear.suits(parts):
+        return TiledLinear(group, parts, serves_int8)
+    if serves_int8:
+        raise InvalidRequest(
+            "worker.serving_weights = int8 needs worker.dtype = bfloat16, a CPU with AVX512-BF16 "
+            "and layers whose widths are multiples of 8"
+        )
+    return TorchLinear(group, parts)
 
 
 def _weights(weights: Sequence[Tensor], bias_O: Any) -> tuple[tiled.Weights, Tensor]:
     memory, panels_P3 = tiled.pack(weights)
-    return tiled.Weights(memory.data_ptr(), panels_P3, bias_O, weights[0].shape[1]), memory
+    num_in, no_scale_O = weights[0].shape[1], np.empty(0, np.float32)
+    return tiled.Weights(memory.data_ptr(), panels_P3, bias_O, no_scale_O, num_in), memory
+
+
+def _int8_weights(weights: Sequence[Tensor], bias_O: Any) -> tuple[tiled.Weights, Tensor]:
+    both = [tiled.to_int8(weight_OI) for weight_OI in weights]
+    memory, panels_P3 = tiled.pack([rounded_OI for rounded_OI, _ in both])
+    scale_O = torch.cat([scale_O for _, scale_O in both]).numpy()
+    num_in = weights[0].shape[1]
+    return tiled.Weights(memory.data_ptr(), panels_P3, bias_O, scale_O, num_in), memory
 
 
 class _TrainedLinear(torch.autograd.Function):

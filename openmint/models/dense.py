@@ -36,7 +36,9 @@ ARCHITECTURES = (
 class DenseLayer:
     """One transformer block."""
 
-    def __init__(self, config: PretrainedConfig, weights: Weights, index: int) -> None:
+    def __init__(
+        self, config: PretrainedConfig, weights: Weights, index: int, serves_int8: bool
+    ) -> None:
         prefix = f"model.layers.{index}"
         self.index = index
         self.eps = config.rms_norm_eps
@@ -46,7 +48,7 @@ class DenseLayer:
         def linear(group: TargetGroup, *paths: str) -> LoraLinear:
             names = [f"{prefix}.{path}" for path in paths]
             parts = [(n, weights[f"{n}.weight"], weights.get(f"{n}.bias")) for n in names]
-            return lora_linear(group, parts)
+            return lora_linear(group, parts, serves_int8)
 
         self.qkv = linear("attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.out = linear("attn", "self_attn.o_proj")
@@ -83,13 +85,17 @@ class DenseLayer:
 class DenseModel:
     """A resident dense base; implements `models.model.Model`."""
 
-    def __init__(self, config: PretrainedConfig, weights: Weights) -> None:
+    def __init__(
+        self, config: PretrainedConfig, weights: Weights, serves_int8: bool = False
+    ) -> None:
         _check(config)
         self.embedding_VD = weights["model.embed_tokens.weight"]
-        self.layers = [DenseLayer(config, weights, i) for i in range(config.num_hidden_layers)]
+        self.layers = [
+            DenseLayer(config, weights, i, serves_int8) for i in range(config.num_hidden_layers)
+        ]
         self.final_norm_D = weights["model.norm.weight"]
         head_VD = self.embedding_VD if config.tie_word_embeddings else weights["lm_head.weight"]
-        self.head = lora_linear("unembed", [("lm_head", head_VD, None)])
+        self.head = lora_linear("unembed", [("lm_head", head_VD, None)], serves_int8)
         self.eps = config.rms_norm_eps
         self.window = _window(config)
         self.rotary = Rotary(config, _head_dim(config), str(self.embedding_VD.device))

@@ -17,6 +17,7 @@ from openmint.types import BaseInfo, Digest
 FAMILIES = dict.fromkeys(dense.ARCHITECTURES, dense.DenseModel)
 """Architecture names of config.json, and who computes them. A new family adds its line here."""
 
+SERVING_WEIGHTS = ("same", "int8")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -40,7 +41,13 @@ def load_model(
         known = ", ".join(sorted(FAMILIES))
         raise InvalidRequest(f"architecture {architecture!r} is not supported; supported: {known}")
     device = torch.device(config.device)
-    model = FAMILIES[architecture](hf_config, Weights(directory, DTYPES[config.dtype], device))
+    if config.serving_weights not in SERVING_WEIGHTS:
+        known, given = ", ".join(SERVING_WEIGHTS), config.serving_weights
+        raise InvalidRequest(
+            f"worker.serving_weights {given!r} is not supported; supported: {known}"
+        )
+    weights = Weights(directory, DTYPES[config.dtype], device)
+    model = FAMILIES[architecture](hf_config, weights, config.serving_weights == "int8")
     num_params = sum(t.num_in * t.num_out for t in model.targets)
     info = BaseInfo(
         name=name,

@@ -115,10 +115,12 @@ class TiledDense:
 
 
 def _of_all(linears: Sequence[LoraLinear]) -> dense_step.Linear:
-    weights = [linear.weights for linear in linears if isinstance(linear, TiledLinear)]
+    weights = [linear.serving for linear in linears if isinstance(linear, TiledLinear)]
     addresses_L = np.array([each.address for each in weights])
     biases_LO = np.stack([each.bias_O for each in weights])
-    return dense_step.Linear(addresses_L, weights[0].panels_P3, biases_LO, weights[0].num_in)
+    scales_LO = np.stack([each.scale_O for each in weights])
+    panels_P3, num_in = weights[0].panels_P3, weights[0].num_in
+    return dense_step.Linear(addresses_L, panels_P3, biases_LO, scales_LO, num_in)
 
 
 def _stacked(rows_D: Sequence[Tensor | None]) -> AnyArray:
