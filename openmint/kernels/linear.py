@@ -224,7 +224,7 @@ def panel(
     for t in range(tiles):
         rows = (stop - row + tiles - t - 1) // (tiles - t)
         # The panel after the next, as a team of two takes turns, while this one is computed with.
-        ahead = w + 2 * panel_bytes + min(t, 3) * pairs * 64 if tiles > 2 else w
+        ahead = w + 2 * panel_bytes + min(t, 3) * pairs * 64
         here = x + row * x_stride
         if is_int8:
             byte_tile(rows, here, x_stride, w, stride, pairs, sums, 4 * PANEL, ahead)
