@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openmint.kernels.jit import F32, address, as_array, exp, kernel, largest, load, piece, rounded
 from openmint.kernels.paged import LARGEST
-from openmint.kernels.tile import PANEL, add_slim_tile, add_tile, slim_tile
+from openmint.kernels.tile import PANEL, add_slim_tile, add_tile, quad, slim_tile
 from openmint.types import IntArray
 
 BLOCK = 16
@@ -91,10 +91,18 @@ def attend(
     scores, row = address(scores_IN), 4 * scores_IN.shape[1]
     for i in range(0, len(q_ID), MOST_QUERIES):
         rows, q = min(MOST_QUERIES, len(q_ID) - i), address(q_ID) + 2 * width * i
-        for b in range(first_block, stop_block):
-            here = keys + blocks_B[b] * block + g * head
-            out = scores + i * row + 4 * BLOCK * b
-            slim_tile(rows, q, 2 * width, here, 4 * BLOCK, width // 2, out, row)
+        b, keys_g = first_block, keys + g * head
+        while b < stop_block:
+            here, out = keys_g + blocks_B[b] * block, scores + i * row + 4 * BLOCK * b
+            if b + 4 <= stop_block:
+                second, third = keys_g + blocks_B[b + 1] * block, keys_g + blocks_B[b + 2] * block
+                last = keys_g + blocks_B[b + 3] * block
+                stride, depth = 4 * BLOCK, width // 2
+                quad(rows, q, 2 * width, here, second, third, last, stride, depth, out, row)
+                b += 4
+            else:
+                slim_tile(rows, q, 2 * width, here, 4 * BLOCK, width // 2, out, row)
+                b += 1
     for i in range(len(q_ID)):
         probs_N = probs_IN[i]
         for n in range(first_block * BLOCK, first):
@@ -106,22 +114,30 @@ def attend(
     probs, row = address(probs_IN), 2 * probs_IN.shape[1]
     for i in range(0, len(q_ID), MOST_QUERIES):
         rows, out = min(MOST_QUERIES, len(q_ID) - i), address(out_ID) + 4 * width * i
-        for b in range(first_block, stop_block):
+        b = first_block
+        while b < stop_block:  # blocks that stand end to end are one product
+            end = b + 1
+            while end < stop_block and blocks_B[end] == blocks_B[end - 1] + 1 and block == head:
+                end += 1
             here = values + blocks_B[b] * block + g * head
-            _add_values(rows, probs + i * row + 2 * BLOCK * b, row, here, width, out)
+            depth = (end - b) * BLOCK // 2
+            _add_values(rows, probs + i * row + 2 * BLOCK * b, row, here, depth, width, out)
+            b = end
 
 
 @piece
-def _add_values(rows: Any, probs: Any, stride: Any, values: Any, width: Any, out: Any) -> None:
-    """`out += probs @ values` of one block."""
+def _add_values(
+    rows: Any, probs: Any, stride: Any, values: Any, depth: Any, width: Any, out: Any
+) -> None:
+    """`out += probs @ values` of `depth` pairs of keys."""
     column = 0
     while column < width:
         here, there = values + 4 * column, out + 4 * column
         if width - column >= PANEL:
-            add_tile(rows, probs, stride, here, 4 * width, BLOCK // 2, there, 4 * width)
+            add_tile(rows, probs, stride, here, 4 * width, depth, there, 4 * width)
             column += PANEL
         else:
-            add_slim_tile(rows, probs, stride, here, 4 * width, BLOCK // 2, there, 4 * width)
+            add_slim_tile(rows, probs, stride, here, 4 * width, depth, there, 4 * width)
             column += BLOCK
 
 
@@ -137,27 +153,28 @@ def _forward(
     out_SLHD: Any,
     probs_SGQN: Any,
 ) -> None:
-    """Sequence by sequence; the blocks are room for one."""
+    """Head by head of each sequence, in room for one, where its blocks stand end to end."""
     num_seqs, length, num_groups, width = k_SLGD.shape
     shared, num_keys = q_SLHD.shape[2] // num_groups, len(keys_B) * BLOCK
     scores_IN = np.empty((shared, num_keys), np.float32)
     probs_IN = np.empty((shared, num_keys), np.uint16)
     out_ID, blocks_B = np.empty((shared, width), np.float32), np.arange(len(keys_B))
     for s in range(num_seqs):
-        for t in range(length):
-            place(k_SLGD[s, t], v_SLGD[s, t], t, keys_B, values_B)
         for g in range(num_groups):
             for t in range(length):
-                first = max(0, at_SL[s, t] - window + 1)
+                place(k_SLGD[s, t, g : g + 1], v_SLGD[s, t, g : g + 1], t, keys_B, values_B)
+            for t in range(length):
                 at, q_ID = at_SL[s, t], q_SLHD[s, t, g * shared : (g + 1) * shared]
-                attend(q_ID, at, window, keys_B, values_B, blocks_B, g, scores_IN, probs_IN, out_ID)
+                attend(q_ID, at, window, keys_B, values_B, blocks_B, 0, scores_IN, probs_IN, out_ID)
+                first = max(0, at - window + 1)
                 for i in range(shared):
                     out_D, sums_D = out_SLHD[s, t, g * shared + i], out_ID[i]
                     for d in range(width):
                         out_D[d] = rounded(sums_D[d], out_D)
-                    kept_N = probs_SGQN[s, g, i * length + t]
+                    kept_N, probs_N = probs_SGQN[s, g, i * length + t], probs_IN[i]
                     kept_N[:first] = 0
-                    kept_N[first : at + 1] = probs_IN[i, first : at + 1]
+                    for n in range(first, at + 1):
+                        kept_N[n] = probs_N[n]
                     kept_N[at + 1 :] = 0
 
 
@@ -170,7 +187,7 @@ def forward(
     out_SLHD = torch.empty_like(q_SLHD, memory_format=torch.contiguous_format)
     num_queries = num_heads // num_groups * length
     probs_SGQN = q_SLHD.new_empty(num_seqs, num_groups, num_queries, length)
-    shapes = block_shapes(num_groups, width)
+    shapes = block_shapes(1, width)
     room = [np.zeros((-(-length // BLOCK), *shape), np.uint16) for shape in shapes]
     inputs = [as_array(x.contiguous()) for x in (q_SLHD, k_SLGD, v_SLGD)]
     _forward(*inputs, at_SL, window, *room, as_array(out_SLHD), as_array(probs_SGQN))

@@ -29,12 +29,14 @@ from openmint.kernels.jit import (
 from openmint.kernels.team import Together, alone, share, team
 from openmint.kernels.tile import (
     MOST_ROWS,
+    OUTER,
     PANEL,
     STRIP,
     add_tile,
     byte_tile,
     finish,
     finish_adding,
+    outer,
     panels,
     strip,
     strips,
@@ -288,6 +290,28 @@ def _backward(
             start = ends_N[n]
     for p in range(len(weights.panels_P3)):
         panel(x, x_stride, 0, len(grad_TO), weights, p, -1, slots, grad_h_TR, grad_x_TI, False)
+
+
+@kernel
+def _add_outer(
+    h_TR: Any, row: Any, x_TI: Any, column: Any, first: Any, stop: Any, grad_RI: Any
+) -> None:
+    h_stride, x_stride, stride = 2 * h_TR.shape[1], 2 * x_TI.shape[1], 4 * grad_RI.shape[1]
+    h = address(h_TR) + first * h_stride + 2 * row
+    x = address(x_TI) + first * x_stride + 2 * column
+    for r in range(0, grad_RI.shape[0], STRIP):
+        for i in range(0, grad_RI.shape[1], OUTER):
+            out = address(grad_RI) + r * stride + 4 * i
+            outer(h + 2 * r, h_stride, x + 2 * i, x_stride, stop - first, out, stride)
+
+
+def add_outer(
+    grad_RI: Tensor, h_TR: Tensor, row: int, x_TI: Tensor, column: int, tokens: slice
+) -> None:
+    """`grad_RI += h.T @ x` in float32 over some tokens, of the rows and columns that begin where
+    said. R must be a multiple of 8, I one of 32."""
+    arrays = as_array(h_TR), row, as_array(x_TI), column
+    _add_outer(*arrays, tokens.start, tokens.stop, as_array(grad_RI))
 
 
 def forward(

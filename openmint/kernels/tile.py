@@ -30,6 +30,8 @@ IS_AVAILABLE: bool = llvmlite.binding.get_host_cpu_features().get("avx512bf16", 
 PANEL, STRIP, LANES = 64, 8, 16
 MOST_ROWS = 6
 """Rows of a tile: 6 x 4 sums, 4 columns of W and one of x fill the 32 registers."""
+OUTER = 32
+"""Columns of an outer product."""
 STRIP_SUMS = 4
 """Partial sums of each output of a strip, which hide the instruction's latency."""
 
@@ -105,6 +107,33 @@ class _Emitter:
 
     def add_product(self, total: Any, columns: Any, pair: Any) -> Any:
         return self.builder.call(self._multiply, [total, columns, pair])
+
+    def floats(self, address: Any) -> Any:
+        """16 bfloat16 values as float32."""
+        short = ir.VectorType(ir.IntType(16), self._lanes)
+        loaded = self.builder.load(self.builder.inttoptr(address, short.as_pointer()))
+        loaded.align = 2
+        bits = self.builder.zext(loaded, self._words)
+        shift = ir.Constant(self._words, [16] * self._lanes)
+        return self.builder.bitcast(self.builder.shl(bits, shift), self.sums)
+
+    def float_everywhere(self, address: Any) -> Any:
+        """One bfloat16 value as float32, for every column."""
+        place = self.builder.inttoptr(address, ir.IntType(16).as_pointer())
+        value = self.builder.load(place)
+        value.align = 2
+        bits = self.builder.shl(self.builder.zext(value, _INT32), ir.Constant(_INT32, 16))
+        nothing = ir.Constant(self._words, ir.Undefined)
+        first = self.builder.insert_element(nothing, bits, ir.Constant(_INT32, 0))
+        everywhere = ir.Constant(self._words, [0] * self._lanes)
+        spread = self.builder.shuffle_vector(first, nothing, everywhere)
+        return self.builder.bitcast(spread, self.sums)
+
+    def add_multiple(self, total: Any, factor: Any, value: Any) -> Any:
+        name, module = f"llvm.fma.v{self._lanes}f32", self.builder.module
+        kind = ir.FunctionType(self.sums, [self.sums] * 3)
+        fma = module.globals.get(name) or ir.Function(module, kind, name)
+        return self.builder.call(fma, [factor, value, total])
 
     def loop(self, count: Any, starts: list[Any], body: Any) -> list[Any]:
         """`body(index, totals)` gives the next totals, `count >= 1` times."""
@@ -225,6 +254,93 @@ def _strip(rows: int) -> Any:
     return strip
 
 
+def _quad(rows: int) -> Any:
+    """`quad(x, x_stride, w0, w1, w2, w3, w_stride, pairs, out, out_stride)`: a tile whose 4 x 16
+    columns stand in four places."""
+
+    @intrinsic
+    def quad(
+        typing: Any,
+        x: Any,
+        x_stride: Any,
+        w0: Any,
+        w1: Any,
+        w2: Any,
+        w3: Any,
+        w_stride: Any,
+        pairs: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_stride, *ws, w_stride, pairs, out, out_stride = arguments
+            emit = _Emitter(builder, LANES)
+            xs = [emit.at(x, x_stride, row) for row in range(rows)]
+
+            def body(index: Any, totals: list[Any]) -> list[Any]:
+                skipped = builder.mul(w_stride, index)
+                columns = [emit.columns(builder.add(w, skipped)) for w in ws]
+                news = []
+                for row in range(rows):
+                    pair = emit.pair(emit.at(xs[row], index, 4))
+                    own = zip(totals[row * 4 : row * 4 + 4], columns, strict=True)
+                    news += [emit.add_product(total, column, pair) for total, column in own]
+                return news
+
+            totals = emit.loop(pairs, [emit.zero()] * (4 * rows), body)
+            for place, total in enumerate(totals):
+                row = emit.at(out, out_stride, place // 4)
+                emit.store_sums(total, emit.at(row, 64, place % 4))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 10), generate
+
+    return quad
+
+
+def _outer() -> Any:
+    """`outer(h, h_stride, x, x_stride, tokens, out, out_stride)`: `out += h.T @ x` in float32, of 8
+    columns of h and 32 of x."""
+
+    @intrinsic
+    def outer(
+        typing: Any,
+        h: Any,
+        h_stride: Any,
+        x: Any,
+        x_stride: Any,
+        tokens: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            h, h_stride, x, x_stride, tokens, out, out_stride = arguments
+            emit = _Emitter(builder, LANES)
+            places = [
+                emit.at(emit.at(out, out_stride, n // 2), 64, n % 2) for n in range(2 * STRIP)
+            ]
+
+            def body(index: Any, totals: list[Any]) -> list[Any]:
+                row = builder.add(x, builder.mul(x_stride, index))
+                columns = [emit.floats(emit.at(row, 32, half)) for half in range(2)]
+                own = builder.add(h, builder.mul(h_stride, index))
+                factors = [emit.float_everywhere(emit.at(own, 2, r)) for r in range(STRIP)]
+                pairs = [(factors[n // 2], columns[n % 2]) for n in range(2 * STRIP)]
+                return [
+                    emit.add_multiple(total, *pair)
+                    for total, pair in zip(totals, pairs, strict=True)
+                ]
+
+            starts = [emit.load_sums(place) for place in places]
+            for total, place in zip(emit.loop(tokens, starts, body), places, strict=True):
+                emit.store_sums(total, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 7), generate
+
+    return outer
+
+
 def _finish(adds: bool) -> Any:
     """`finish(sums, y)`: 64 sums, rounded to bfloat16, to y; or `adds` them to what is there."""
 
@@ -258,6 +374,8 @@ _byte1, _byte2, _byte3, _byte4, _byte5, _byte6 = (
     _tile(rows, 4, False, of_bytes=True) for rows in range(1, 7)
 )
 _strip1, _strip4 = _strip(1), _strip(4)
+_quad1, _quad2, _quad3, _quad4 = (_quad(rows) for rows in range(1, 5))
+outer = _outer()
 finish, finish_adding = _finish(False), _finish(True)
 
 
@@ -362,6 +480,31 @@ def add_slim_tile(
         _slim_more2(x, x_stride, w, w_stride, pairs, out, out_stride, w)
     else:
         _slim_more1(x, x_stride, w, w_stride, pairs, out, out_stride, w)
+
+
+@piece
+def quad(
+    rows: Any,
+    x: Any,
+    x_stride: Any,
+    w0: Any,
+    w1: Any,
+    w2: Any,
+    w3: Any,
+    w_stride: Any,
+    pairs: Any,
+    out: Any,
+    out_stride: Any,
+) -> None:
+    """`slim_tile` of four places at once: 64 columns."""
+    if rows == 4:
+        _quad4(x, x_stride, w0, w1, w2, w3, w_stride, pairs, out, out_stride)
+    elif rows == 3:
+        _quad3(x, x_stride, w0, w1, w2, w3, w_stride, pairs, out, out_stride)
+    elif rows == 2:
+        _quad2(x, x_stride, w0, w1, w2, w3, w_stride, pairs, out, out_stride)
+    else:
+        _quad1(x, x_stride, w0, w1, w2, w3, w_stride, pairs, out, out_stride)
 
 
 @piece

@@ -194,18 +194,18 @@ class GradientSink:
         pairs = zip(stack.adapters, grads_SP, strict=True)
         self._views = [adapter.layout.views(grad_P) for adapter, grad_P in pairs]
 
-    def add(self, slot: int, path: str, grad_a_RI: Tensor, grad_b_RO: Tensor) -> None:
-        """Add to the gradient of one slot's target."""
-        a_RI, b_RO = self._views[slot][path]
-        a_RI += grad_a_RI
-        b_RO += grad_b_RO
+    def views(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """`path -> (A_RI, B_RO)` of one slot's gradient."""
+        return self._views[slot]
 
     def add_stacked(
         self, group: TargetGroup, path: str, grad_a_RI: Tensor, grad_b_RO: Tensor
     ) -> None:
         """Add one target's gradients, all slots' rows in order."""
         for slot, start, stop in self._stack.row_ranges(group):
-            self.add(slot, path, grad_a_RI[start:stop], grad_b_RO[start:stop])
+            a_RI, b_RO = self._views[slot][path]
+            a_RI += grad_a_RI[start:stop]
+            b_RO += grad_b_RO[start:stop]
 
 
 class AdapterBatch:

@@ -17,8 +17,8 @@ from torch import Tensor
 from openmint.errors import InvalidRequest
 from openmint.kernels import linear as tiled
 from openmint.kernels.team import Together
-from openmint.kernels.tile import IS_AVAILABLE, STRIP
-from openmint.layers.adapters import AdapterBatch, Direction
+from openmint.kernels.tile import IS_AVAILABLE, OUTER, STRIP
+from openmint.layers.adapters import AdapterBatch, Direction, GradientSink
 from openmint.types import TargetGroup, TargetModule
 
 PartWeights = tuple[str, Tensor, Tensor | None]
@@ -159,7 +159,7 @@ class TiledLinear(LoraLinear):
     def backward(
         self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
     ) -> Tensor:
-        grad_TO = grad_TO.contiguous()
+        grad_TO, x_TI = grad_TO.contiguous(), x_TI.contiguous()
         slots, num_rows = self._slots(adapters, "back")
         grad_x_TI, grad_h_TR = tiled.backward(
             grad_TO, self._ends_N, self.num_in, self._back, slots, num_rows
@@ -167,8 +167,7 @@ class TiledLinear(LoraLinear):
         if adapters is not None and adapters.sink is not None and h_TR is not None:
             for slot, rows in adapters.runs:
                 if self.paths[0] in adapters.stack.adapters[slot].views:
-                    hidden = h_TR[rows], grad_h_TR[rows]
-                    self._give(adapters, slot, grad_TO[rows], x_TI[rows], *hidden)
+                    self._give(adapters.sink, slot, rows, (grad_TO, x_TI, h_TR, grad_h_TR))
         return grad_x_TI
 
     def _slots(
@@ -180,23 +179,27 @@ class TiledLinear(LoraLinear):
         num_rows = adapters.stack.widest * len(self.parts)
         return adapters.slots(self.paths, direction), num_rows
 
-    def _give(
-        self,
-        adapters: AdapterBatch,
-        slot: int,
-        grad_NO: Tensor,
-        x_NI: Tensor,
-        h_NR: Tensor,
-        grad_h_NR: Tensor,
-    ) -> None:
-        """Add the gradients of one slot, from rows that are all its own, to the sink."""
-        assert adapters.sink is not None
-        padded = adapters.stack.padded_rank(slot)
-        grad_a_RI = grad_h_NR[:, : padded * len(self.parts)].t() @ x_NI
+    def _give(self, sink: GradientSink, slot: int, rows: slice, of_all: tuple[Tensor, ...]) -> None:
+        """Add the gradients of one slot, whose tokens are these rows, to the sink."""
+        grad_TO, x_TI, h_TR, grad_h_TR = of_all
         for i, part in enumerate(self.parts):
-            rows = slice(i * padded, i * padded + adapters.stack.adapters[slot].spec.rank)
-            grad_b_RO = h_NR[:, rows].t() @ grad_NO[:, part.start : part.stop]
-            adapters.sink.add(slot, part.path, grad_a_RI[rows], grad_b_RO)
+            grad_a_RI, grad_b_RO = sink.views(slot)[part.path]
+            first = i * tiled.padded(len(grad_a_RI))
+            _add_outer(grad_a_RI, grad_h_TR, first, x_TI, 0, rows)
+            _add_outer(grad_b_RO, h_TR, first, grad_TO, part.start, rows)
+
+
+def _add_outer(
+    grad_RI: Tensor, h_TR: Tensor, row: int, x_TI: Tensor, column: int, tokens: slice
+) -> None:
+    """`grad_RI += h.T @ x` over some tokens; in tiles where the sizes allow."""
+    num_rows, num_columns = grad_RI.shape
+    is_whole = num_rows % STRIP == 0 and num_columns % OUTER == 0
+    if is_whole and grad_RI.dtype == torch.float32:
+        tiled.add_outer(grad_RI, h_TR, row, x_TI, column, tokens)
+    else:
+        h_NR = h_TR[tokens, row : row + num_rows].to(grad_RI.dtype)
+        grad_RI += h_NR.t() @ x_TI[tokens, column : column + num_columns].to(grad_RI.dtype)
 
 
 def lora_linear(
