@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.house import Arm, Race, Readings, Report, Target, report_of
-from benchmarks.processes import BASES, MissingArm, Stage
+from benchmarks.processes import BASES, Stage
 from benchmarks.training import ways_taken
 from openmint.models.embedded import embedded_base
 
@@ -17,8 +17,8 @@ TOKENS_IN, TOKENS_OUT = 64, 64
 ROUNDS = {1: 4, 8: 2, 32: 1}
 """Sequences at once -> how often a turn generates, so that each turn takes seconds."""
 LLAMA_AT_LEAST = {1: None, 8: 2.0, 32: 3.0}
-INT8_WORKER: dict[str, Any] = {}
-"""The worker settings that make the serving base int8. Empty until the engine has such a base."""
+INT8_WORKER: dict[str, Any] = {"serving_weights": "int8"}
+"""The worker settings that make the serving base int8."""
 TITLE = "Decoding SmolLM2-135M: 1, 8 and 32 sequences"
 MEASURED = (
     f"{TOKENS_IN} random tokens in, {TOKENS_OUT} out, greedy, no token ends a sequence, new "
@@ -54,7 +54,8 @@ def decode_race(stage: Stage, base: str, sequences: int) -> Race:
     if sequences == 1:
         llama.append(f"llama.cpp by its Python API, {at}")
         arms.append(stage.arm("llama", llama[1], "decode by the Python API", **size, **tokens))
-        arms.append(int8_arm(stage, int8, base=base, **size, **tokens))
+        settings = {**size, **tokens, "worker": INT8_WORKER}
+        arms.append(stage.arm("ours", int8, "decode", base=base, **settings))
         targets[1] = Target(f"decode, {at}: llama.cpp", ours, tuple(llama))
         targets.append(Target(f"decode, {at}, int8 base: llama.cpp", int8, tuple(llama), 1.0))
     return Race(
@@ -67,12 +68,6 @@ def decode_race(stage: Stage, base: str, sequences: int) -> Race:
             *ways_taken(readings, ceiling),
         ],
     )
-
-
-def int8_arm(stage: Stage, name: str, **settings: Any) -> Arm:
-    if not INT8_WORKER:
-        return MissingArm(name, "the engine has no int8 base yet")
-    return stage.arm("ours", name, "decode", **settings, worker=INT8_WORKER)
 
 
 def same_first_tokens(readings: Readings, name: str, others: Sequence[str]) -> list[str]:

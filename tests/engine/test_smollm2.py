@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from openmint.kernels.tile import IS_AVAILABLE
 from openmint.scheduler.work import SampleWork, TrainWork
 from openmint.types import Datum, LoraSpec, LossSpec, SamplingParams, Tenant
 from tests.workbench import Workbench, peft_model
@@ -64,10 +65,11 @@ def test_fp32_logprobs_and_gradients_equal_peft(
             assert float((ours - expected).norm() / expected.norm()) < 1e-4, path
 
 
-def test_bf16_sampler_and_trainer_agree(
-    embedded_base: Path, prompts: list[np.ndarray[Any, Any]], tmp_path: Path
-) -> None:
-    bench = Workbench(embedded_base, tmp_path, dtype="bfloat16", kv_cache_bytes=KV_BYTES)
+def gaps_between_sampler_and_trainer(
+    base: Path, prompts: list[np.ndarray[Any, Any]], store: Path, **config: Any
+) -> np.ndarray[Any, Any]:
+    """How far the log-probabilities of sampled tokens are from the trainer's of the same."""
+    bench = Workbench(base, store, dtype="bfloat16", kv_cache_bytes=KV_BYTES, **config)
     revision = bench.revision("r", LoraSpec(8), seed=0, scale=0.01)
     settings = SamplingParams(max_tokens=64, seed=1)
     ids = [
@@ -82,12 +84,28 @@ def test_bf16_sampler_and_trainer_agree(
     ]
     whole = [np.concatenate([prompt, sequence.tokens_N]) for prompt, sequence in sequences]
     scored = bench.do(next_token_work("r", whole)).logprobs
-    gaps = np.concatenate(
+    return np.concatenate(
         [
             np.abs(trainer[len(prompt) - 1 :] - sequence.logprobs_N)
             for (prompt, sequence), trainer in zip(sequences, scored, strict=True)
         ]
     )
+
+
+def test_bf16_sampler_and_trainer_agree(
+    embedded_base: Path, prompts: list[np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    gaps = gaps_between_sampler_and_trainer(embedded_base, prompts, tmp_path)
     print(f"n={len(gaps)} median={np.median(gaps):.5f} max={gaps.max():.4f}")
     assert np.median(gaps) <= 0.005
     assert gaps.max() <= 0.1
+
+
+@pytest.mark.skipif(not IS_AVAILABLE, reason="this CPU has no AVX512-BF16")
+def test_an_int8_base_samples_close_to_the_trainer(
+    embedded_base: Path, prompts: list[np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    settings = {"serving_weights": "int8"}
+    gaps = gaps_between_sampler_and_trainer(embedded_base, prompts, tmp_path, **settings)
+    print(f"n={len(gaps)} median={np.median(gaps):.5f} max={gaps.max():.4f}")
+    assert 0 < np.median(gaps) <= 0.1
