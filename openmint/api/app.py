@@ -23,16 +23,17 @@ from openmint.api.routes import (
 from openmint.service.gateway import Gateway
 
 ROUTERS = (
+    tinker_futures.router,
+    tinker_sampling.router,
+    openai.router,
+    tinker_training.router,
+    tinker_session.router,
+    tinker_checkpoints.router,
     health.router,
     metrics.router,
-    tinker_session.router,
-    tinker_training.router,
-    tinker_checkpoints.router,
-    tinker_sampling.router,
-    tinker_futures.router,
-    openai.router,
     catalog.router,
 )
+"""Those that are asked most come first: a request tries the routes one after another."""
 
 
 def create_app(gateway: Gateway) -> FastAPI:

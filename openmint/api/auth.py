@@ -11,9 +11,14 @@ from openmint.errors import Unauthenticated
 from openmint.service.gateway import Gateway
 
 
-def gateway_of(request: Request) -> Gateway:
+async def gateway_of(request: Request) -> Gateway:
+    """A coroutine, as FastAPI would send each call of a plain function to a thread."""
     gateway: Gateway = request.app.state.gateway
     return gateway
+
+
+App = Annotated[Gateway, Depends(gateway_of)]
+"""Type of the gateway in a route's signature."""
 
 
 def presented_key(request: Request) -> str:
@@ -26,15 +31,12 @@ def presented_key(request: Request) -> str:
     raise Unauthenticated("no API key; send X-API-Key or Authorization: Bearer")
 
 
-async def authenticate(request: Request) -> Principal:
+async def authenticate(request: Request, gateway: App) -> Principal:
     """The principal of the request's key. Raises Unauthenticated, the same for every bad key."""
-    principal = gateway_of(request).catalog.authenticate(presented_key(request))
+    principal = gateway.catalog.authenticate(presented_key(request))
     request.scope["state"]["log_fields"] = {"tenant": principal.tenant, "key": principal.key_id}
     return principal
 
 
 Caller = Annotated[Principal, Depends(authenticate)]
 """Type of the authenticated caller in a route's signature."""
-
-App = Annotated[Gateway, Depends(gateway_of)]
-"""Type of the gateway in a route's signature."""

@@ -20,6 +20,10 @@ from openmint.types import Tenant
 PREFIX = "tml-om"
 MAX_KEY_CHARS = 200
 PEPPER = "key_pepper"
+USABLE_KEY = (
+    "SELECT tenant, role, secret_hash, expires_at FROM api_key "
+    "WHERE key_id = ? AND revoked_at IS NULL"
+)
 
 
 class KeyRecords:
@@ -61,15 +65,13 @@ class KeyRecords:
         """Whose key it is. Raises Unauthenticated, in the same words for every bad key."""
         prefix, _, rest = key_text[:MAX_KEY_CHARS].partition("_")
         key_id, _, secret = rest.partition("_")
-        with self._database.read() as connection:
-            row = connection.execute(select(t.api_key).where(t.api_key.c.key_id == key_id)).first()
+        row = self._database.look_up(USABLE_KEY, key_id)
+        tenant, role, wanted, expires_at = row or ("", "read", bytes(32), None)
         # An unknown id costs the same hash and comparison as a wrong secret.
-        wanted = row.secret_hash if row else bytes(32)
         matches = hmac.compare_digest(wanted, self._hash(secret))
-        usable = row and row.revoked_at is None and _unexpired(row.expires_at)
-        if not (prefix == PREFIX and matches and row and usable):
+        if not (prefix == PREFIX and matches and row and _unexpired(expires_at)):
             raise Unauthenticated("this API key is unknown, revoked or expired")
-        return Principal(row.tenant, row.role, row.key_id)
+        return Principal(tenant, role, key_id)
 
     def keys(self, tenant: Tenant | None = None) -> list[ApiKey]:
         """The tenant's keys, or every tenant's, oldest first, revoked ones included."""
@@ -112,5 +114,6 @@ def load_pepper(connection: Connection) -> bytes:
     return pepper
 
 
-def _unexpired(expires_at: datetime | None) -> bool:
-    return expires_at is None or expires_at > now()
+def _unexpired(expires_at: float | None) -> bool:
+    """Whether a key that may end at a Unix time is still good."""
+    return expires_at is None or expires_at > now().timestamp()

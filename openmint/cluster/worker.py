@@ -6,6 +6,7 @@ others read and write the store. `python -m openmint.cluster.worker FD` is start
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import queue
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,14 +41,25 @@ STORE_THREADS = 2
 
 
 class Link:
-    """The worker's end of the socket; frames as in `worker_client.py`."""
+    """The worker's end of the socket; frames as in `worker_client.py`.
+
+    What a step has to say goes out at once at its end: each packet wakes the gateway, which on few
+    cores takes the one that the next step is waiting for.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._stream = connection.makefile("rb")
+        self._unsent: list[bytes] = []
 
     def send(self, message: ToGateway) -> None:
-        self._connection.sendall(frame(message))
+        """Have the message go out with the next `flush`."""
+        self._unsent.append(frame(message))
+
+    def flush(self) -> None:
+        if self._unsent:
+            self._connection.sendall(b"".join(self._unsent))
+            self._unsent.clear()
 
     def receive(self) -> Any:
         """The next message, None when the gateway has gone."""
@@ -68,6 +81,8 @@ class Inbox:
     def read_from(self, link: Link) -> None:
         def pump() -> None:
             while (message := link.receive()) is not None:
+                if isinstance(message, Submit):
+                    message = replace(message, received_at_seconds=time.monotonic())
                 self._queue.put(message)
             self._queue.put(None)
 
@@ -113,12 +128,17 @@ def main(connection: socket.socket) -> None:
         scheduler, base = load(setup, link, inbox)
     except OpenMintError as error:
         link.send(Failed(0, error))
+        link.flush()
         return
     except Exception as error:  # the process's edge: the gateway must hear why
         link.send(Failed(0, EngineFailed(f"{type(error).__name__}: {error}")))
+        link.flush()
         raise
+    gc.collect()
+    gc.freeze()
     inbox.read_from(link)
     link.send(Ready(base))
+    link.flush()
     serve(scheduler, inbox, link)
 
 
@@ -162,6 +182,7 @@ def serve(scheduler: Scheduler, inbox: Inbox, link: Link) -> None:
         if (now := time.monotonic()) >= next_stats:
             link.send(scheduler.stats())
             next_stats = now + STATS_SECONDS
+        link.flush()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ class Batcher:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].tokens_N)
                 started.update(self._pending_key(sequence))
-        chunks = [chunk for chunk in chunks if self._is_running(chunk)]
+        # One that came later may have preempted an earlier one.
+        running = {sequence.sequence_id for sequence in self.running}
+        chunks = [chunk for chunk in chunks if chunk.sequence_id in running]
         for sequence in fairness.in_order(self.waiting):
             if not budget or len(self.running) >= self._max_running:
                 break
@@ -96,9 +98,6 @@ class Batcher:
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         return sequence.chunk(min(len(sequence.tokens), sequence.num_computed + budget))
-
-    def _is_running(self, chunk: Chunk) -> bool:
-        return any(sequence.sequence_id == chunk.sequence_id for sequence in self.running)
 
     def _pending_key(self, sequence: Sequence) -> set[bytes]:
         """The key of the first full page that this sequence has still to compute."""

@@ -20,6 +20,7 @@ from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
 from openmint.errors import EngineFailed, InvalidRequest, NonFinite, OpenMintError, Overloaded
 from openmint.residency.table import SlotTable
 from openmint.scheduler.batcher import Batcher
+from openmint.scheduler.engine_time import Arrival, EngineTime
 from openmint.scheduler.fairness import PhaseClock, TenantClock
 from openmint.scheduler.lanes import Entry, Lanes
 from openmint.scheduler.sequences import DecodeText, Sequence
@@ -135,6 +136,7 @@ class Sampling:
     work: SampleWork
     unfinished: list[Sequence]
     sequences: list[Sequence]
+    arrival: Arrival
     ran: set[Digest | None] = field(default_factory=set)
 
 
@@ -165,6 +167,7 @@ class Scheduler:
         self._sampling: dict[int, Sampling] = {}
         self._next_sequence_id = 0
         self._tenants, self._phases = TenantClock(), PhaseClock()
+        self._engine_time = EngineTime()
         self._num_background = 0
         self._counters = dict.fromkeys(
             ("prompt", "cached", "generated", "trained", "optim", "loads", "evictions"), 0
@@ -178,7 +181,8 @@ class Scheduler:
         self._tenants.arrive(command.tenant, self._busy_tenants())
         try:
             if isinstance(command, SampleWork):
-                self._submit_sample(message.work_id, command)
+                arrival = self._engine_time.arrival(message.received_at_seconds)
+                self._submit_sample(message.work_id, command, arrival)
             else:
                 self._lanes.add(Entry(message.work_id, command))
         except OpenMintError as error:
@@ -200,7 +204,7 @@ class Scheduler:
         training = [entry.tenant for entry in self._lanes]
         return training + [sampling.work.tenant for sampling in self._sampling.values()]
 
-    def _submit_sample(self, work_id: int, work: SampleWork) -> None:
+    def _submit_sample(self, work_id: int, work: SampleWork, arrival: Arrival) -> None:
         num_tokens = len(work.prompt_T) + work.params.max_tokens
         limit = min(self._engine.base.context_length, self._batcher.capacity_tokens)
         if num_tokens > limit:
@@ -208,7 +212,7 @@ class Scheduler:
                 f"prompt of {len(work.prompt_T)} and max_tokens {work.params.max_tokens} make "
                 f"{num_tokens} tokens; this worker holds {limit}. Shorten one of them"
             )
-        sampling = Sampling(work_id, work, [], [])
+        sampling = Sampling(work_id, work, [], [], arrival)
         for index in range(work.num_samples):
             self._next_sequence_id += 1
             tokens = [int(token) for token in work.prompt_T]
@@ -261,7 +265,7 @@ class Scheduler:
                     self._finish_entry(entry, _as_known(error))
             return
         finally:
-            seconds = time.monotonic() - started
+            seconds = self._engine_time.add_step(started, time.monotonic())
             self._phases.charge_training(seconds, bool(self._sampling))
         for item in items:
             entry = by_id[item.work_id]
@@ -309,7 +313,8 @@ class Scheduler:
                 self._fail_sampling(self._sampling[work_id], _as_known(error))
             return
         finally:
-            self._phases.charge_serving(time.monotonic() - started, training_waits)
+            seconds = self._engine_time.add_step(started, time.monotonic())
+            self._phases.charge_serving(seconds, training_waits)
         for chunk in plan.chunks:
             self._slots_used(chunk.revision)
         results = self._batcher.finish(outcomes)
@@ -365,6 +370,7 @@ class Scheduler:
             target_prompt_logprobs_NK=None if wanted is None else _rows(found, wanted.shape[1]),
             prompt_alternatives=_prompt_rows(drawn, work.prompt_alternatives),
             num_cached_tokens=first.num_cached,
+            spent=self._engine_time.since(sampling.arrival, time.monotonic()),
         )
 
     def _end_sampling(self, sampling: Sampling) -> None:

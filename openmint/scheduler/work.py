@@ -6,6 +6,7 @@ Each command goes to the worker of one base and ends in exactly one result or on
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -174,6 +175,20 @@ class SampleDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """Where a work's time between its arrival at the worker and its end went."""
+
+    engine_seconds: float = 0.0
+    """The engine computed, for whomever."""
+    scheduler_seconds: float = 0.0
+    """It did not."""
+
+    @property
+    def seconds(self) -> float:
+        return self.engine_seconds + self.scheduler_seconds
+
+
+@dataclass(frozen=True, slots=True)
 class SampleResult:
     sequences: tuple[SampledSequence, ...]
     revision: Digest | None
@@ -187,6 +202,7 @@ class SampleResult:
     """The draws that were asked for: row i holds alternatives to prompt token i + 1."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values came from the prefix cache."""
+    spent: Spent = Spent()
 
 
 Command = RunCommand | SampleWork
@@ -200,6 +216,8 @@ Result = RunState | TrainResult | OptimResult | SavedBlob | SampleResult | None
 class Submit:
     work_id: int
     command: Command
+    received_at_seconds: float = field(default_factory=time.monotonic)
+    """On the worker's clock; its link notes it anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,7 +196,9 @@ class Answer:
 
     def _usage(self, results: Sequence[SampleResult], num_generated: int) -> Usage:
         num_prompt = sum(len(work.prompt_T) for work in self.works)
-        return Usage(num_prompt, num_generated, sum(r.num_cached_tokens for r in results))
+        num_cached = sum(result.num_cached_tokens for result in results)
+        longest = max((result.spent for result in results), key=lambda spent: spent.seconds)
+        return Usage(num_prompt, num_generated, num_cached, longest)
 
 
 async def encode_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> IntArray:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from openmint.errors import InvalidRequest
+from openmint.scheduler.work import Spent
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -147,6 +148,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    spent: Spent = field(default_factory=Spent)
+    """By the prompt that took longest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from openmint.api.auth import authenticate
 from openmint.api.routes import openai
 from openmint.catalog.records import Principal
+from openmint.scheduler.work import Spent
 from openmint.types import Tenant
 from openmint.wire.openai import Choice, Ran, Usage
 
@@ -23,7 +24,7 @@ class Answered:
         self.ran = Ran(base, base, "sha256:" + "cd" * 32, None, None, None)
 
     async def whole(self) -> tuple[list[Choice], Usage]:
-        return [Choice(0, "hello", finish_reason="stop")], Usage(1, 1, 0)
+        return [Choice(0, "hello", finish_reason="stop")], Usage(1, 1, 0, Spent(0.5, 0.0125))
 
 
 def complete_on(base: str) -> httpx.Response:
@@ -50,6 +51,11 @@ def test_a_base_name_that_no_header_can_hold_is_percent_encoded(base: str) -> No
     assert answer.status_code == 200
     assert unquote(answer.headers["X-OpenMint-Base"]) == base
     assert answer.json()["openmint"]["base"] == base
+
+
+def test_an_answer_says_how_long_the_worker_had_it() -> None:
+    timing = complete_on("base").headers["Server-Timing"]
+    assert timing == "engine;dur=500.000, scheduler;dur=12.500"
 
 
 def test_an_ordinary_base_name_stays_as_it_is() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import time
@@ -15,6 +16,8 @@ import httpx
 import psutil
 import pytest
 
+from openmint.cli.serve import _bound_socket
+from openmint.config import Settings
 from tests.servers import (
     TestServer,
     free_port,
@@ -80,6 +83,12 @@ def test_metrics_name_routes_by_template_and_workers_by_base(tiny_server: TestSe
     assert 'route="/catalog/v1/policies/{tenant}/{name}",status="4xx"' in text
     assert 'route="(none)",status="4xx"' in text
     assert "acme" not in text
+
+
+def test_connections_send_small_packets_at_once() -> None:
+    with _bound_socket(Settings(port=0)) as listener:
+        # What asyncio looks at before it turns Nagle's algorithm off.
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_second_server_on_the_folder_is_refused(tiny_server: TestServer) -> None:

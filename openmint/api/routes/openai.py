@@ -19,6 +19,7 @@ from starlette.responses import Response
 from openmint.api.auth import App, Caller
 from openmint.api.disconnects import ClientGone, EventStream, while_connected
 from openmint.api.errors import openai_error
+from openmint.api.timing import server_timing
 from openmint.errors import EngineFailed, OpenMintError
 from openmint.service.completions import Answer
 from openmint.service.targets import ModelCard
@@ -96,7 +97,7 @@ async def _respond(request: Request, answer: Answer, form: Form) -> Response:
         return Response(status_code=CLIENT_GONE_STATUS)
     logprobs = answer.drawing.logprobs
     content = form.whole(answer_id, created, answer.ran, choices, usage, logprobs)
-    return JSONResponse(content, headers=headers)
+    return JSONResponse(content, headers={**headers, **server_timing(usage.spent)})
 
 
 async def _events(answer: Answer, form: Form, answer_id: str, created: int) -> AsyncIterator[bytes]:

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from openmint.api.auth import App, Caller
 from openmint.api.bodies import read
+from openmint.api.timing import server_timing
 from openmint.errors import RequestError
 from openmint.service.futures import ResultFuture
 from openmint.wire import requests
@@ -40,11 +41,11 @@ def _encoded(future: ResultFuture, accept: str) -> tuple[str, bytes]:
 
 
 def _ran(result: object) -> dict[str, str]:
-    """Headers that name the weights that the engine really ran."""
+    """Headers that name the weights that the engine really ran, and how long it computed."""
     if not isinstance(result, SampleAnswer):
         return {}
     ran = result.result
-    headers = {"X-OpenMint-Base": str(ran.base)}
+    headers = {"X-OpenMint-Base": str(ran.base), **server_timing(ran.spent)}
     if ran.revision:
         headers["X-OpenMint-Revision"] = str(ran.revision)
     return headers
