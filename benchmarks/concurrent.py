@@ -20,7 +20,7 @@ import tinker
 from tokenizers import Tokenizer
 
 from benchmarks.arms.protocol import versions
-from benchmarks.family import Family, MemoryWatch
+from benchmarks.family import Family, MemoryWatch, RunClock
 from benchmarks.grpo import (
     PolicyRecord,
     Setting,
@@ -83,6 +83,7 @@ LIMITS = (
     "Client, graders and service share the cores: waits of one policy are used by another, but "
     "nothing computes beside the engine for free.",
     f"Counts below {MOST} ran once; the figures of {MOST} are medians of the repeats.",
+    "Seconds in which all processes of a turn were stopped from outside are not counted.",
     "Peak memory with N policies at once is against one after another up to the N-th's end.",
 )
 
@@ -98,6 +99,9 @@ class Turn:
     serve_seconds: float
     foreign_cpu: float
     """Share of the cores that others used meanwhile."""
+    paused_seconds: float = 0.0
+    """Time in which all its processes stood still, stopped from outside; no other figure of the
+    client's holds it, but the engine's two do."""
 
     def ends(self, count: int) -> list[float]:
         return [policy.finished_at for policy in self.policies[:count]]
@@ -187,29 +191,32 @@ def turn_on(
         ThreadPoolExecutor(num_cores()) as graders,
         ThreadPoolExecutor(count if at_once else 1) as threads,
     ):
-        stall = Stall(service, server.base, tokenizer, workload, setting, graders, time.monotonic())
+        stall = Stall(service, server.base, tokenizer, workload, setting, graders, RunClock())
         run_policy(replace(stall, workload=WARM_UP), WARM_UP_NUMBER)
         wait_for_calm(patience)
-        stall = replace(stall, arm_started_at=time.monotonic())
         return watched(
-            server, lambda: tuple(threads.map(lambda i: run_policy(stall, i), range(count)))
+            server,
+            lambda clock: tuple(
+                threads.map(lambda i: run_policy(replace(stall, clock=clock), i), range(count))
+            ),
         )
 
 
-def watched(server: TestServer, work: Callable[[], tuple[PolicyRecord, ...]]) -> Turn:
+def watched(server: TestServer, work: Callable[[RunClock], tuple[PolicyRecord, ...]]) -> Turn:
     """The turn of a service that does this work."""
     family, engine_before = Family(server.process.pid), engine_seconds(server)
-    started_at, busy, own = time.monotonic(), busy_seconds(), family.cpu_seconds()
-    with MemoryWatch(family) as memory:
-        policies = work()
-    seconds = time.monotonic() - started_at
-    foreign = (busy_seconds() - busy) - (family.cpu_seconds() - own)
+    busy, own, clock = busy_seconds(), family.cpu_seconds(), RunClock()
+    with MemoryWatch(family, clock) as memory:
+        policies = work(clock)
+    seconds = clock.now()
+    foreign = (busy_seconds() - busy - clock.paused_busy_seconds) - (family.cpu_seconds() - own)
     time.sleep(STATS_SECONDS)
     train, serve = (
         after - before for after, before in zip(engine_seconds(server), engine_before, strict=True)
     )
     share = max(0.0, foreign) / (seconds * num_cores())
-    return Turn(policies, tuple(memory.samples), train, serve, share)
+    samples = tuple(memory.samples)
+    return Turn(policies, samples, train, serve, share, clock.paused_seconds)
 
 
 def engine_seconds(server: TestServer) -> tuple[float, float]:
@@ -347,12 +354,17 @@ def where_time_went(name: str, turn: Turn) -> str:
     def mean(of: Callable[[StepRecord], float]) -> str:
         return number(sum(map(of, steps)) / len(steps))
 
-    return (
-        f"{name}: the engine trained {turn.train_seconds:.0f} s and sampled "
-        f"{turn.serve_seconds:.0f} s of {max(turn.ends(len(turn.policies))):.0f}; a step's rollout "
-        f"took {mean(lambda step: step.rollout_seconds)} s, its wait "
+    parts = (
+        f"a step's rollout took {mean(lambda step: step.rollout_seconds)} s, its wait "
         f"{mean(lambda step: step.wait_seconds)} s, its update "
         f"{mean(lambda step: step.update_seconds)} s."
+    )
+    if turn.paused_seconds:
+        return f"{name} (stopped from outside for {turn.paused_seconds:.0f} s): {parts}"
+    whole = max(turn.ends(len(turn.policies)))
+    return (
+        f"{name}: the engine trained {turn.train_seconds:.0f} s and sampled "
+        f"{turn.serve_seconds:.0f} s of {whole:.0f}; {parts}"
     )
 
 
@@ -384,6 +396,7 @@ def turn_data(turn: Turn, count: int) -> dict[str, Any]:
         "train_seconds": turn.train_seconds,
         "serve_seconds": turn.serve_seconds,
         "foreign_cpu": turn.foreign_cpu,
+        "paused_seconds": turn.paused_seconds,
     }
 
 

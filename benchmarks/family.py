@@ -8,7 +8,11 @@ from types import TracebackType
 
 import psutil
 
+from benchmarks.machine import busy_seconds
+
 SAMPLE_SECONDS = 0.25
+PAUSE_SECONDS = 2.0
+"""So long nobody reads the time only when this process was stopped, and its service with it."""
 
 
 class Family:
@@ -54,19 +58,39 @@ def _resident_bytes(process: psutil.Process) -> int:
         return 0  # it has ended
 
 
+class RunClock:
+    """Seconds since its start in which this process ran: not those in which someone stopped it, as
+    a machine does that goes to sleep. It must be read often; a `MemoryWatch` does."""
+
+    def __init__(self) -> None:
+        self.paused_seconds = 0.0
+        self.paused_busy_seconds = 0.0
+        """CPU time of others meanwhile."""
+        self._lock = threading.Lock()
+        self._started_at = self._read_at = time.monotonic()
+        self._busy = busy_seconds()
+
+    def now(self) -> float:
+        with self._lock:
+            at, busy = time.monotonic(), busy_seconds()
+            if at - self._read_at > PAUSE_SECONDS:
+                self.paused_seconds += at - self._read_at
+                self.paused_busy_seconds += busy - self._busy
+            self._read_at, self._busy = at, busy
+            return at - self._started_at - self.paused_seconds
+
+
 class MemoryWatch:
     """Samples the family's memory until the block ends; `samples` are (seconds, bytes)."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, clock: RunClock) -> None:
         self.samples: list[tuple[float, int]] = []
-        self._family, self._done = family, threading.Event()
+        self._family, self._clock, self._done = family, clock, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory")
-        self._started_at = time.monotonic()
 
     def _watch(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            seconds = time.monotonic() - self._started_at
-            self.samples.append((seconds, self._family.resident_bytes()))
+            self.samples.append((self._clock.now(), self._family.resident_bytes()))
 
     def __enter__(self) -> MemoryWatch:
         self._thread.start()

@@ -22,6 +22,8 @@ import tinker
 from tinker import types
 from tokenizers import Tokenizer
 
+from benchmarks.family import RunClock
+
 EXAMPLE = 'def double(x):\n    """Twice x."""\n    return 2 * x\n\n\n'
 GRADER_SECONDS = 10.0
 """A program that takes longer is wrong."""
@@ -188,10 +190,7 @@ class Stall:
     setting: Setting
     graders: ThreadPoolExecutor
     """As many graders as cores, for whoever has samples to grade."""
-    arm_started_at: float
-
-    def now(self) -> float:
-        return time.monotonic() - self.arm_started_at
+    clock: RunClock
 
     def encode(self, task: Task) -> list[int]:
         ids: list[int] = self.tokenizer.encode(task.prompt).ids
@@ -206,7 +205,7 @@ class Stall:
 
 def run_policy(stall: Stall, number: int) -> PolicyRecord:
     """Train, export, evaluate: the whole life of policy `number` in its arm."""
-    started_at = stall.now()
+    started_at = stall.clock.now()
     load, rng = stall.workload, random.Random(number)
     trainer = stall.service.create_lora_training_client(
         stall.base, rank=load.rank, seed=number
@@ -215,11 +214,11 @@ def run_policy(stall: Stall, number: int) -> PolicyRecord:
     for step in range(load.num_steps):
         tasks = rng.sample(TASKS, load.num_prompts)
         steps.append(one_step(stall, trainer, tasks, seed=100_000 * number + 1000 * step))
-    export_started_at = stall.now()
+    export_started_at = stall.clock.now()
     path = trainer.save_weights_for_sampler("final").result().path
-    exported_at = stall.now()
+    exported_at = stall.clock.now()
     evaluated, reward = evaluate(stall, path, rng.sample(TASKS, load.num_evaluated))
-    finished_at = stall.now()
+    finished_at = stall.clock.now()
     return PolicyRecord(
         number,
         started_at,
@@ -236,7 +235,7 @@ def one_step(
     stall: Stall, trainer: tinker.TrainingClient, tasks: Sequence[Task], seed: int
 ) -> StepRecord:
     """Roll out, grade, update."""
-    load, started_at = stall.workload, stall.now()
+    load, started_at = stall.workload, stall.clock.now()
     sampler = trainer.save_weights_and_get_sampling_client().result()
     prompts = [stall.encode(task) for task in tasks]
     pending = [
@@ -251,10 +250,10 @@ def one_step(
         for i, prompt in enumerate(prompts)
     ]
     groups = [future.result().sequences for future in pending]
-    rolled_out_at = stall.now()
+    rolled_out_at = stall.clock.now()
     rewards_PG = np.array([stall.rewards(*pair) for pair in zip(tasks, groups, strict=True)])
     time.sleep(stall.setting.injected_seconds)
-    graded_at = stall.now()
+    graded_at = stall.clock.now()
     advantages_PG = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
     data = [
         datum(prompt, sample, advantage)
@@ -272,7 +271,7 @@ def one_step(
         reward=float(rewards_PG.mean()),
         rollout_seconds=rolled_out_at - started_at,
         wait_seconds=graded_at - rolled_out_at,
-        update_seconds=stall.now() - graded_at,
+        update_seconds=stall.clock.now() - graded_at,
     )
 
 

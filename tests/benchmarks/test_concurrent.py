@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from benchmarks import concurrent
 from benchmarks.concurrent import Comparison, Turn, agreement
+from benchmarks.family import RunClock
 from benchmarks.grpo import (
     TASKS,
     PolicyRecord,
@@ -89,6 +91,16 @@ def test_the_target_stands_on_the_measured_setting() -> None:
     informed = ["for information", "for information", "met"]
     assert verdicts == [*informed, "met", "met", "met", *informed]
     assert "2.00x (2.00 to 2.00)" in report.tables[0]
+
+
+def test_a_clock_leaves_out_the_time_in_which_nobody_could_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = iter([100.0, 101.0, 161.0, 162.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    clock = RunClock()
+    assert [clock.now() for _ in range(3)] == [1.0, 1.0, 2.0]
+    assert clock.paused_seconds == 60.0
 
 
 @pytest.mark.integration
