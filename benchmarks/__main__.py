@@ -17,7 +17,16 @@ from benchmarks.machine import commit, load_average, machine_facts, today
 from benchmarks.processes import Stage
 from benchmarks.writing import RESULTS, Circumstances, write
 
-QUESTIONS = ("training", "decode", "adapters", "handoff", "startup", "control", "load")
+QUESTIONS = (
+    "training",
+    "decode",
+    "adapters",
+    "handoff",
+    "startup",
+    "control",
+    "load",
+    "concurrent",
+)
 """Modules of this package with `ask(stage, repeats)`."""
 
 

@@ -146,20 +146,6 @@ class RemoteArm:
         return Reading(answer.pop("seconds"), answer.pop("tokens"), answer)
 
 
-@dataclass(frozen=True)
-class MissingArm:
-    """An arm that can't run yet, and why; implements `house.Arm`."""
-
-    name: str
-    reason: str
-
-    def prepare(self) -> None:
-        raise Unavailable(self.reason)
-
-    def run(self, lap: int) -> Reading:
-        raise Unavailable(self.reason)
-
-
 class Stage:
     """The processes of one question. Used as a context; leaving it ends them."""
 

@@ -1,7 +1,9 @@
 """One lane per training run: its commands take effect in the order in which they came.
 
 Train works at the head of a lane may run together, as gradients add up in any order; everything
-else waits until all before it is done.
+else waits until all before it is done. Lanes stand in a queue, and one that has made its update
+goes to the end: updates follow each other instead of all ending last, and no run holds up another
+by always having something queued.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 
 from openmint.engine.plan import MicroBatch, TrainItem
 from openmint.scheduler.fairness import TenantClock
-from openmint.scheduler.work import RunCommand, TrainWork
+from openmint.scheduler.work import OptimWork, RunCommand, TrainWork
 from openmint.types import RunId, Tenant
 
 
@@ -54,6 +56,37 @@ class Entry:
         assert isinstance(self.command, TrainWork)
         return len(self.command.data[datum_index].tokens_N)
 
+    @property
+    def ends_turn(self) -> bool:
+        """Whether its lane lets the others go first once it is done: the update is made, or it was
+        a pass that belongs to none."""
+        command = self.command
+        return isinstance(command, OptimWork) or (
+            isinstance(command, TrainWork) and command.forward_only
+        )
+
+    @property
+    def todo_tokens(self) -> int:
+        return sum(map(self.tokens_of, self.todo))
+
+    def may_share(self, budget_tokens: int) -> bool:
+        """Whether others may be in its micro-batch: not when it fills more than one by itself."""
+        return not self.is_alone and not self.is_open and self.todo_tokens <= budget_tokens
+
+    def take(self, budget_tokens: int) -> tuple[list[TrainItem], int]:
+        """Its next data and their tokens: an even part of what is left to do, so that the last
+        micro-batch isn't a small one. Never empty: a datum over the budget goes by itself."""
+        left_tokens = self.todo_tokens
+        even_tokens = left_tokens / -(-left_tokens // budget_tokens)
+        items, num_tokens = list[TrainItem](), 0
+        while self.todo and num_tokens < even_tokens:
+            size = self.tokens_of(self.todo[0])
+            if items and num_tokens + size > budget_tokens:
+                break
+            items.append(TrainItem(self.work_id, self.todo.popleft()))
+            num_tokens += size
+        return items, num_tokens
+
 
 class Lanes:
     """The queues of all runs."""
@@ -65,10 +98,14 @@ class Lanes:
         self._lanes.setdefault(entry.command.run_id, deque()).append(entry)
 
     def remove(self, entry: Entry) -> None:
-        lane = self._lanes[entry.command.run_id]
+        """Forget a command that is done."""
+        run_id = entry.command.run_id
+        lane = self._lanes[run_id]
         lane.remove(entry)
+        if entry.ends_turn:
+            self._lanes[run_id] = self._lanes.pop(run_id)
         if not lane:
-            del self._lanes[entry.command.run_id]
+            del self._lanes[run_id]
 
     def __iter__(self) -> Iterator[Entry]:
         return (entry for lane in self._lanes.values() for entry in lane)
@@ -93,27 +130,23 @@ class Lanes:
     def plan(self, budget_tokens: int, fairness: TenantClock) -> tuple[MicroBatch, list[Entry]]:
         """The next micro-batch, and the works in it. Only called when something is trainable.
 
-        A begun work goes first and to its end, so that policies finish one after another rather
-        than all at last; then the tenant furthest behind. What is left of the budget is filled from
-        the next works. Planned data leave their entries.
+        A begun work goes to its end first, then the tenant furthest behind, then the lanes in their
+        order. A work of more than one micro-batch has no company: its sums are added in the same
+        order whoever else trains, so its gradient is to the bit what it would be alone. Smaller
+        ones share a micro-batch, each of them whole. Planned data leave their entries.
         """
         entries = sorted(fairness.in_order(self.trainable()), key=lambda entry: not entry.is_open)
-        items: list[TrainItem] = []
-        used: list[Entry] = []
-        num_tokens = 0
-        for entry in entries:
-            if used and (entry.is_alone or used[0].is_alone):
-                continue
-            while entry.todo:
-                size = entry.tokens_of(entry.todo[0])
-                if items and num_tokens + size > budget_tokens:
-                    break
-                items.append(TrainItem(entry.work_id, entry.todo.popleft()))
-                num_tokens += size
-                if entry not in used:
-                    used.append(entry)
-            if num_tokens >= budget_tokens or entry.todo:
+        first, *others = entries
+        company = others if first.may_share(budget_tokens) else []
+        items, num_tokens = first.take(budget_tokens)
+        used = [first]
+        for entry in company:
+            room = budget_tokens - num_tokens
+            if not entry.may_share(budget_tokens) or entry.todo_tokens > room:
                 break
+            more, size = entry.take(room)
+            items, num_tokens = items + more, num_tokens + size
+            used.append(entry)
         for entry in used:
             entry.had_company |= len(used) > 1
         return MicroBatch(tuple(items), num_tokens), used

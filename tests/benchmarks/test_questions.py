@@ -54,7 +54,6 @@ def test_every_target_finds_its_arms(question: str) -> None:
         assert {n for t in race.targets for n in (t.arm, *t.rivals)} <= set(names)
     report = report_of(question, "Title", "", [run_race(r, 2, IMPATIENT) for r in races], [])
     missing = [line.work for line in report.lines if line.verdict.startswith("not measured")]
-    unready = ["decode, 1 sequence, int8 base: llama.cpp"] if not decode.INT8_WORKER else []
-    assert missing == (unready if question == "decode" else [])
+    assert missing == []
     assert all(line.figure.startswith("1.00x") for line in report.lines if line.figure != "-")
     assert len(report.tables) == len(races)

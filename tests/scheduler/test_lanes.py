@@ -17,9 +17,11 @@ class Book:
         self.lanes, self.clock = Lanes(), TenantClock()
         self._next_id = 0
 
-    def train(self, run: str, lengths: tuple[int, ...], tenant: str = "t") -> Entry:
+    def train(
+        self, run: str, lengths: tuple[int, ...], tenant: str = "t", forward_only: bool = False
+    ) -> Entry:
         data = tuple(Datum(np.zeros(length, dtype=np.int64), {}) for length in lengths)
-        work = TrainWork(RunId(run), Tenant(tenant), data, LossSpec("cross_entropy"), False)
+        work = TrainWork(RunId(run), Tenant(tenant), data, LossSpec("cross_entropy"), forward_only)
         return self._add(Entry(self._id(), work))
 
     def optim(self, run: str) -> Entry:
@@ -107,14 +109,32 @@ def test_the_tenant_furthest_behind_begins_first() -> None:
     assert book.plan(10) == [(1, 0)]
 
 
-def test_the_budget_is_filled_from_the_next_works_but_not_passed() -> None:
+def test_small_works_share_a_micro_batch_each_of_them_whole() -> None:
     book = Book()
     book.train("a", (5, 3))
     book.train("b", (7, 4))
     book.train("c", (1,))
-    # b's longest fits; its next does not, and nobody overtakes the work that is now begun.
-    assert book.plan(15) == [(1, 0), (1, 1), (2, 0)]
-    assert book.plan(15) == [(2, 1), (3, 0)]
+    # b doesn't fit beside a, and nobody overtakes it.
+    assert book.plan(15) == [(1, 0), (1, 1)]
+    assert book.plan(15) == [(2, 0), (2, 1), (3, 0)]
+
+
+def test_a_work_of_several_micro_batches_is_cut_as_if_alone() -> None:
+    lengths = (10,) * 9
+    alone, shared = Book(), Book()
+    alone.train("a", lengths)
+    shared.train("a", lengths)
+    shared.train("b", (2,))
+    for _ in range(3):
+        assert shared.plan(40) == alone.plan(40)
+    assert shared.plan(40) == [(2, 0)]
+    assert not list(alone.lanes)
+
+
+def test_a_work_is_cut_evenly() -> None:
+    book = Book()
+    book.train("a", (10,) * 9)
+    assert [len(book.plan(80)) for _ in range(2)] == [5, 4]
 
 
 def test_a_datum_longer_than_the_budget_runs_by_itself() -> None:
@@ -122,7 +142,49 @@ def test_a_datum_longer_than_the_budget_runs_by_itself() -> None:
     book.train("a", (3, 500, 2))
     book.train("b", (1,))
     assert book.plan(100) == [(1, 1)]
-    assert book.plan(100) == [(1, 0), (1, 2), (2, 0)]
+    assert book.plan(100) == [(1, 0), (1, 2)]
+    assert book.plan(100) == [(2, 0)]
+
+
+def test_updates_of_one_tenant_end_one_after_another() -> None:
+    book = Book()
+    for run in "abc":
+        book.train(run, (10, 10))
+        book.optim(run)
+    ends = []
+    for num_plans in range(1, 7):
+        book.plan(10)
+        if (optim := book.lanes.next_control()) is not None:
+            ends.append((num_plans, optim.command.run_id))
+            book.lanes.remove(optim)
+    assert ends == [(2, "a"), (4, "b"), (6, "c")]
+
+
+def test_a_run_that_always_has_work_queued_lets_others_update_in_turn() -> None:
+    book = Book()
+    first, optim = book.train("busy", (10,)), book.optim("busy")
+    second = book.train("busy", (10,))
+    modest = book.train("modest", (10,))
+    assert book.plan(10) == [(first.work_id, 0)]
+    book.lanes.remove(optim)
+    assert book.plan(10) == [(modest.work_id, 0)]
+    assert book.plan(10) == [(second.work_id, 0)]
+
+
+def test_passes_without_an_update_take_turns_too() -> None:
+    book = Book()
+    first, second = (book.train("busy", (10,), forward_only=True) for _ in range(2))
+    modest = book.train("modest", (10,))
+    plans = [book.plan(10) for _ in range(3)]
+    assert plans == [[(entry.work_id, 0)] for entry in (first, modest, second)]
+
+
+def test_works_of_one_update_follow_each_other() -> None:
+    book = Book()
+    book.train("a", (10,))
+    book.train("b", (10,))
+    book.train("a", (10,))
+    assert [book.plan(10) for _ in range(3)] == [[(1, 0)], [(3, 0)], [(2, 0)]]
 
 
 def test_random_works_are_run_once_each_datum_and_within_the_budget() -> None:

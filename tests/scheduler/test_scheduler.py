@@ -243,6 +243,23 @@ def go_on(bench: Workbench, num_updates: int) -> None:
         bench.do(train(200 + i))
 
 
+def test_a_work_of_several_micro_batches_computes_to_the_bit_what_it_would_alone(
+    model: Path, tmp_path: Path
+) -> None:
+    other = RunId("other")
+    alone, shared = (Workbench(model, tmp_path / name, micro_batch_tokens=20) for name in "as")
+    for bench in (alone, shared):
+        bench.do(CreateRun(RUN, T, SPEC, 7))
+    shared.do(CreateRun(other, T, SPEC, 8))
+    for i in range(3):
+        shared.submit(train(i + 10, other))
+        for bench in (alone, shared):
+            bench.submit(train(i))
+            bench.submit(optim())
+            bench.run()
+    assert_same_state(alone, shared)
+
+
 def test_a_restored_run_goes_on_bitwise_as_if_never_stopped(model: Path, tmp_path: Path) -> None:
     bench = trained_bench(model, tmp_path / "store", 3)
     saved = bench.do(SaveRun(RUN, T))
