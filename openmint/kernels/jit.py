@@ -19,12 +19,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from openmint.types import AnyArray
+
+try:
+    from llvmlite import ir
+    from numba import njit, types
+    from numba.extending import intrinsic, overload
+except ModuleNotFoundError:
+    from openmint.kernels.no_compiler import (  # type: ignore[no-redef]
+        intrinsic,
+        ir,
+        njit,
+        overload,
+        types,
+    )
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
