@@ -9,7 +9,7 @@ that share an input, such as q, k and v, share one product with their stacked A'
 with its B's, however many adapters there are: `h_TR = x_TI @ A_RI.T`, zero where row r isn't the
 token's own adapter, `y_TO += h_TR @ B_RO`. The same zeros keep each adapter's gradient its own:
 `dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O); a GPU kernel that skips the zero blocks (SGMV,
-arXiv:2310.18547) can stand in for `LoraDelta` behind the same interface.
+arXiv:2310.18547) stands in for `LoraDelta` where there is one (`layers/segmented.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from openmint.kernels.choice import use_triton
 from openmint.types import Digest, LoraSpec, TargetGroup, TargetModule
+
+if TYPE_CHECKING:
+    from openmint.kernels.segmented import Segments
+    from openmint.layers.segmented import AdapterTable, SegmentedDelta
 
 
 class AdapterLayout:
@@ -117,6 +123,13 @@ class AdapterStack:
             self._stacked[paths] = StackedTargets(a_RI, bs_RO)
         return self._stacked[paths]
 
+    @cached_property
+    def table(self) -> AdapterTable:
+        """Where the adapters lie, for kernels that read them there; GPUs only, as is Triton."""
+        from openmint.layers.segmented import AdapterTable
+
+        return AdapterTable.of(self.adapters)
+
     def row_ranges(self, group: TargetGroup) -> list[tuple[int, int, int]]:
         """`(slot, start, stop)` of each member's rows within a target's."""
         ranges, start = [], 0
@@ -136,8 +149,15 @@ class GradientSink:
 
     def __init__(self, stack: AdapterStack, grads_SP: Sequence[Tensor]) -> None:
         self._stack = stack
+        self._grads_SP = tuple(grads_SP)
         pairs = zip(stack.adapters, grads_SP, strict=True)
         self._views = [adapter.layout.views(grad_P) for adapter, grad_P in pairs]
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        """Where each slot's vector begins in device memory, int64 `[S]`."""
+        addresses = [grad_P.data_ptr() for grad_P in self._grads_SP]
+        return torch.tensor(addresses).to(self._grads_SP[0].device)
 
     def add(self, group: TargetGroup, path: str, grad_a_RI: Tensor, grad_b_RO: Tensor) -> None:
         """Add one target's gradients, all slots' rows in order."""
@@ -155,13 +175,17 @@ class AdapterBatch:
     ) -> None:
         self.stack = stack
         self.sink = sink
-        self._slot_T = slot_T
+        self.slot_T = slot_T
         self._selectors: dict[tuple[TargetGroup, int], tuple[Tensor | None, Tensor | float]] = {}
 
-    def delta(self, group: TargetGroup, paths: tuple[str, ...]) -> LoraDelta | None:
+    def delta(
+        self, group: TargetGroup, paths: tuple[str, ...]
+    ) -> LoraDelta | SegmentedDelta | None:
         """The update of targets with one input, or None when no adapter of the batch has them."""
         if not self.stack.members(group):
             return None
+        if use_triton(self.slot_T.device) and not self._is_uniform:
+            return self.stack.table.delta(paths, self._segments)
         key = (group, len(paths))
         if key not in self._selectors:
             self._selectors[key] = self._select(*key)
@@ -169,7 +193,13 @@ class AdapterBatch:
 
     @cached_property
     def _is_uniform(self) -> bool:
-        return len(self.stack.adapters) == 1 and bool((self._slot_T == 0).all())
+        return len(self.stack.adapters) == 1 and bool((self.slot_T == 0).all())
+
+    @cached_property
+    def _segments(self) -> Segments:
+        from openmint.kernels.segmented import segments
+
+        return segments(self.slot_T, len(self.stack.adapters))
 
     def _select(self, group: TargetGroup, num_targets: int) -> tuple[Tensor | None, Tensor | float]:
         """Which rows are whose, and their scales, for rows that repeat once per target."""
@@ -177,10 +207,10 @@ class AdapterBatch:
         specs = [self.stack.adapters[slot].spec for slot in members]
         if self._is_uniform:
             return None, specs[0].scaling
-        device = self._slot_T.device
+        device = self.slot_T.device
         pairs = list(zip(members, specs, strict=True))
         slot_R = torch.tensor([slot for slot, spec in pairs for _ in range(spec.rank)])
         scale_R = torch.tensor([spec.scaling for spec in specs for _ in range(spec.rank)])
         slot_R, scale_R = (rows_R.repeat(num_targets).to(device) for rows_R in (slot_R, scale_R))
-        own_TR = self._slot_T[:, None] == slot_R[None, :]
+        own_TR = self.slot_T[:, None] == slot_R[None, :]
         return own_TR, scale_R.to(self.stack.adapters[0].flat_P.dtype)

@@ -6,7 +6,7 @@ Shapes: T tokens, I in, O out, R adapter rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from openmint.layers.adapters import AdapterBatch, LoraDelta
 from openmint.types import TargetGroup, TargetModule
+
+if TYPE_CHECKING:
+    from openmint.layers.segmented import SegmentedDelta
 
 
 class FrozenWeight:
@@ -92,14 +95,18 @@ class LoraLinear:
             return out
         return self.forward(x_TI, self.delta(adapters))[0]
 
-    def delta(self, adapters: AdapterBatch | None) -> LoraDelta | None:
+    def delta(self, adapters: AdapterBatch | None) -> LoraDelta | SegmentedDelta | None:
         return adapters.delta(self.group, self._paths) if adapters else None
 
-    def forward(self, x_TI: Tensor, delta: LoraDelta | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_TI: Tensor, delta: LoraDelta | SegmentedDelta | None
+    ) -> tuple[Tensor, Tensor | None]:
         """`y_TO`, and the adapters' `h_TR`, which the backward pass wants again."""
         y_TO = self.weight.forward(x_TI, self.bias_O)
         if delta is None:
             return y_TO, None
+        if not isinstance(delta, LoraDelta):
+            return y_TO, delta.add_(y_TO, x_TI)
         h_TR = delta.select(F.linear(x_TI, delta.stacked.a_RI))
         for i, (part, b_RO) in enumerate(zip(self.parts, delta.stacked.bs_RO, strict=True)):
             y_TO[:, part.start : part.stop].addmm_(h_TR[:, delta.stacked.rows(i)], b_RO)
@@ -110,12 +117,15 @@ class LoraLinear:
         grad_y_TO: Tensor,
         x_TI: Tensor,
         h_TR: Tensor | None,
-        delta: LoraDelta | None,
+        delta: LoraDelta | SegmentedDelta | None,
         adapters: AdapterBatch | None,
     ) -> Tensor:
         """`dL/dx_TI`; adapter gradients go to the batch's sink, the frozen weight gets none."""
         grad_x_TI = self.weight.backward(grad_y_TO)
         if delta is None or h_TR is None:
+            return grad_x_TI
+        if not isinstance(delta, LoraDelta):
+            delta.back_(grad_x_TI, grad_y_TO, x_TI, h_TR, adapters.sink if adapters else None)
             return grad_x_TI
         stacked = delta.stacked
         grads_TO = [grad_y_TO[:, part.start : part.stop] for part in self.parts]
