@@ -27,6 +27,12 @@ class Answer:
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     failure: str = ""
+    consequence: str = ""
+    """What it means for the questions after it."""
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.failure
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Rows by the table that they belong to, in the order in which they came."""
@@ -45,8 +51,6 @@ def circumstances(device: str) -> dict[str, str]:
         "device": device_text(device),
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},
-        "kernels": os.environ.get("OPENMINT_TRITON", "1"),
-        "graphs": os.environ.get("OPENMINT_CUDA_GRAPHS", "1"),
     }
 
 
@@ -95,6 +99,8 @@ def page(at: Mapping[str, str], answers: Sequence[Answer]) -> str:
             ]
         else:
             parts.append(f"{answer.seconds:.0f} s.")
+        if answer.consequence:
+            parts.append(f"**{answer.consequence}**")
     return "\n\n".join(parts) + "\n"
 
 

@@ -108,7 +108,7 @@ FULL = Scale(
     worker={
         "training_bytes": 16 * GIB,
         "serving_bytes": 20 * GIB,
-        "kv_cache_bytes": 20 * GIB,
+        "kv_cache_bytes": 8 * GIB,
         "step_tokens": 8192,
         "running_sequences": 512,
         "micro_batch_tokens": 4096,

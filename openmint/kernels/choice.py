@@ -12,22 +12,21 @@ from functools import cache
 
 import torch
 
+INTERPRETED = False
+"""Tests set it, and have Triton run its kernels line by line on the CPU."""
+
 
 def use_triton(device: torch.device) -> bool:
-    """Whether Triton kernels run on tensors of this device."""
-    wanted = os.environ.get("OPENMINT_TRITON", "1") != "0"
-    return wanted and (device.type == "cuda" or is_interpreted()) and _has_triton()
+    """Whether Triton kernels run on tensors of this device. Asked several times a layer."""
+    if device.type != "cuda" and not INTERPRETED:
+        return False
+    return os.environ.get("OPENMINT_TRITON", "1") != "0" and _has_triton()
 
 
 def use_graphs(device: torch.device) -> bool:
     """Whether decode steps are captured once and replayed; only Triton's can be."""
     wanted = os.environ.get("OPENMINT_CUDA_GRAPHS", "1") != "0"
     return wanted and device.type == "cuda" and use_triton(device)
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs its kernels line by line on the CPU, as tests have it do."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @cache

@@ -15,6 +15,8 @@ from benchmarks.gpu.report import PROJECT, Answer, page, show
 from benchmarks.gpu.scale import TINY
 
 TABLES = {
+    "kernels": {"kernels"},
+    "graphs": {"graphs"},
     "training": {"this device", "training"},
     "decode": {"decode"},
     "adapters": {"adapters"},
@@ -86,6 +88,20 @@ def test_a_question_that_breaks_keeps_its_rows_and_shows_its_traceback(
     monkeypatch.setattr(suite, "run_within", lambda command, seconds: leave(command, [row], 1))
     answer = suite.ask("decode", TINY, 10.0)
     assert "out of memory" in page({"scale": "tiny"}, [answer])
+
+
+def test_a_fast_way_that_disagrees_is_switched_off_for_what_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENMINT_TRITON", "1")
+    row = {"table": "kernels", "kernel": "norm", "agrees": True}
+    suite.do_without(Answer("kernels", "", "", [row]))
+    suite.do_without(Answer("decode", "", "", [], failure="stopped"))
+    assert os.environ["OPENMINT_TRITON"] == "1"
+    worse = Answer("kernels", "Kernels", "", [{**row, "agrees": False}])
+    suite.do_without(worse)
+    assert os.environ["OPENMINT_TRITON"] == "0"
+    assert "From here on OPENMINT_TRITON=0." in page({"scale": "tiny"}, [worse])
 
 
 def leave(

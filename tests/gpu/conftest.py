@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from openmint.kernels import choice
 from tests.pretend_cuda import DEVICE, pretend_cuda
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
 
 
 @dataclass(frozen=True)
@@ -65,5 +70,5 @@ def make_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> Device:
         pytest.skip("needs Triton for its interpreter: pip install triton")
     if torch.cuda.is_available():
         pytest.skip("Triton compiles its kernels for the GPU here")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(choice, "INTERPRETED", True)
     return Device("cpu", nullcontext, 1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +71,9 @@ def test_mixed_adapters_sample_what_the_cpu_samples(device: Device, tmp_path: Pa
         bench = bench_of(directory, tmp_path / "device", device)
         works, asked = submit_mixed(bench)
         bench.run()
-    cpu = on_cpu(directory, tmp_path / "cpu")
-    theirs, _ = submit_mixed(cpu)
-    cpu.run()
+    with on_cpu(directory, tmp_path / "cpu") as cpu:
+        theirs, _ = submit_mixed(cpu)
+        cpu.run()
     for work, their, revision in zip(works, theirs, asked, strict=True):
         ours, expected = bench.result(work), cpu.result(their)
         assert ours.revision == revision
@@ -80,11 +82,12 @@ def test_mixed_adapters_sample_what_the_cpu_samples(device: Device, tmp_path: Pa
         np.testing.assert_allclose(one.logprobs_N, other.logprobs_N, atol=device.tolerance)
 
 
-def on_cpu(directory: Path, store: Path) -> Workbench:
-    """The plain CPU engine, whatever kernels the device under test has."""
+@contextmanager
+def on_cpu(directory: Path, store: Path) -> Iterator[Workbench]:
+    """The plain CPU engine; inside, Triton interprets nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENMINT_TRITON", "0")
-        return Workbench(directory, store, page_tokens=4)
+        yield Workbench(directory, store, page_tokens=4)
 
 
 def test_decoded_logprobs_equal_those_of_one_forward_and_of_the_trainer(
@@ -110,32 +113,32 @@ def test_a_mixed_step_gives_each_policy_the_cpus_solo_gradient(
     device: Device, tmp_path: Path
 ) -> None:
     directory = random_model("qwen3", tmp_path / "base")
-    cpu = on_cpu(directory, tmp_path / "cpu")
     with device.active():
         mixed = bench_of(directory, tmp_path / "device", device)
         for i, (name, spec) in enumerate(SPECS.items()):
             mixed.submit(train_work(mixed.trained(name, spec, seed=i), "ppo", LENGTHS, seed=i))
         mixed.run()
         together = {name: mixed.engine.runs[RunId(name)].grads_P for name in SPECS}
-    for i, (name, spec) in enumerate(SPECS.items()):
-        cpu.do(train_work(cpu.trained(name, spec, seed=i), "ppo", LENGTHS, seed=i))
-        alone = cpu.engine.runs[RunId(name)].grads_P
-        assert float(alone.norm()) > 0.1
-        assert relative(together[name], alone) < device.tolerance
+    with on_cpu(directory, tmp_path / "cpu") as cpu:
+        for i, (name, spec) in enumerate(SPECS.items()):
+            cpu.do(train_work(cpu.trained(name, spec, seed=i), "ppo", LENGTHS, seed=i))
+            alone = cpu.engine.runs[RunId(name)].grads_P
+            assert float(alone.norm()) > 0.1
+            assert relative(together[name], alone) < device.tolerance
 
 
 def test_an_update_and_the_way_through_the_store_are_the_cpus(
     device: Device, tmp_path: Path
 ) -> None:
     directory = random_model("llama", tmp_path / "base")
-    cpu = on_cpu(directory, tmp_path / "cpu")
     with device.active():
         bench = bench_of(directory, tmp_path / "device", device)
         saved, params_P = update_and_save(bench)
         read = bench.sample(prompt_of(9), saved).sequences[0]
-    expected, their_params_P = update_and_save(cpu)
+    with on_cpu(directory, tmp_path / "cpu") as cpu:
+        expected, their_params_P = update_and_save(cpu)
+        theirs = cpu.sample(prompt_of(9), expected).sequences[0]
     assert relative(params_P, their_params_P) < device.tolerance
-    theirs = cpu.sample(prompt_of(9), expected).sequences[0]
     np.testing.assert_allclose(read.logprobs_N, theirs.logprobs_N, atol=device.tolerance)
 
 
@@ -175,23 +178,18 @@ def test_bf16_on_a_gpu_stays_near_fp32_and_the_trainer_near_the_sampler(tmp_path
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA: torch finds no device")
     directory, prompt = random_model("qwen3", tmp_path / "base"), prompt_of(48)
-    bench = Workbench(directory, tmp_path / "s", device="cuda", dtype="bfloat16")
-    revision = bench.revision("r", LoraSpec(8), 0, 0.05)
-    work = SampleWork(Tenant("t"), revision, prompt, Params(32), prompt_logprobs=True)
-    result = bench.do(work)
-    cpu = Workbench(directory, tmp_path / "c")
-    theirs = cpu.do(
-        SampleWork(
-            Tenant("t"), cpu.revision("r", LoraSpec(8), 0, 0.05), prompt, Params(1),
-            prompt_logprobs=True,
-        )
-    )  # fmt: skip
-    gaps = np.abs(result.prompt_logprobs_T[1:] - theirs.prompt_logprobs_T[1:])
-    assert np.median(gaps) < 0.1
-    drawn = result.sequences[0]
-    tokens = np.concatenate([prompt, drawn.tokens_N])
-    inputs = {"target_tokens": tokens[1:], "weights": np.ones(len(tokens) - 1, np.float32)}
-    data, loss = (Datum(tokens[:-1], inputs),), LossSpec("cross_entropy")
-    trained = bench.do(TrainWork(RunId("r"), Tenant("t"), data, loss, True))
-    own = trained.logprobs[0][len(prompt) - 1 :]
-    assert np.median(np.abs(own - drawn.logprobs_N)) < 0.05
+    found = []
+    for device, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
+        bench = Workbench(directory, tmp_path / device, device=device, dtype=dtype)
+        revision = bench.revision("r", LoraSpec(8), 0, 0.05)
+        work = SampleWork(Tenant("t"), revision, prompt, Params(32), prompt_logprobs=True)
+        result = bench.do(work)
+        found.append(result.prompt_logprobs_T[1:])
+        drawn = result.sequences[0]
+        tokens = np.concatenate([prompt, drawn.tokens_N])
+        inputs = {"target_tokens": tokens[1:], "weights": np.ones(len(tokens) - 1, np.float32)}
+        data, loss = (Datum(tokens[:-1], inputs),), LossSpec("cross_entropy")
+        trained = bench.do(TrainWork(RunId("r"), Tenant("t"), data, loss, True))
+        own = trained.logprobs[0][len(prompt) - 1 :]
+        assert np.median(np.abs(own - drawn.logprobs_N)) < 0.05
+    assert np.median(np.abs(found[0] - found[1])) < 0.1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from openmint.kernels import norm, rotary, swiglu
 from openmint.layers.adapters import (
     AdapterBatch,
     AdapterLayout,
@@ -173,3 +174,26 @@ def test_padding_writes_nothing_and_reads_what_is_finite(triton_device: Device) 
     assert bool(torch.isfinite(out_SW).all())
     written = cache.keys[0].flatten(0, 1).abs().sum((1, 2)).nonzero().flatten().tolist()
     assert written == [3 * 4 + 2]
+
+
+@pytest.mark.parametrize("width", [8, 96, 128])
+def test_fused_operations_equal_their_references(width: int, triton_device: Device) -> None:
+    from openmint.kernels import fused_decode
+
+    draw = torch.Generator().manual_seed(0)
+    for dtype in dtypes(triton_device):
+        x_TW, weight_D, angle_TD = (
+            torch.randn(*shape, generator=draw).to(triton_device.name, dtype)
+            for shape in ((5, 4 * width), (width,), (5, width // 2))
+        )
+        x_TW[0, 0] = 30.0
+        heads_THD = x_TW.unflatten(1, (4, width))
+        cos_TD, sin_TD = (x.repeat(1, 2) for x in (angle_TD.cos(), angle_TD.sin()))
+        pairs = [
+            (fused_decode.rms_norm(heads_THD, weight_D, 1e-5), norm, (heads_THD, weight_D, 1e-5)),
+            (fused_decode.silu_gate(x_TW), swiglu, (x_TW,)),
+            (fused_decode.rotate(x_TW, cos_TD, sin_TD, 3), rotary, (x_TW, cos_TD, sin_TD, 3)),
+        ]
+        for ours, module, arguments in pairs:
+            theirs = module.reference(*arguments)
+            torch.testing.assert_close(ours, theirs, rtol=tolerance(dtype), atol=tolerance(dtype))
