@@ -10,6 +10,7 @@ Never ran on a GPU: on CPUs the padded step is checked with Triton's interpreter
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ class DecodeStep:
     attention: DecodeAttention
     table: AdapterTable | None
     """None: all sequences ask the bare base."""
-    _stack: AdapterStack | None = field(init=False, default=None)
+    _stack: weakref.ref[AdapterStack] | None = field(init=False, default=None)
+    """Whose addresses the table holds; weak, so that evicted adapters leave memory."""
     _graph: Any = field(init=False, default=None)
     _hidden_SD: Tensor | None = field(init=False, default=None)
 
@@ -109,9 +111,9 @@ class DecodeStep:
             return
         self._slot_S.fill_(-1)
         self._slot_S[:num_seqs] = adapters.slot_T
-        if self._stack is not adapters.stack:
+        if self._stack is None or self._stack() is not adapters.stack:
             self.table.fill(adapters.stack.adapters)
-            self._stack = adapters.stack
+            self._stack = weakref.ref(adapters.stack)
 
     def run(self) -> Tensor:
         """Hidden states `[size, D]`; the next run overwrites them."""
@@ -132,7 +134,8 @@ class DecodeStep:
             self._forward()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Only this thread is held to what a capture allows: others load adapters meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._hidden_SD = self._forward()
 
     def _forward(self) -> Tensor:
