@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports torch or a Hugging Face library.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -14,8 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
-from tests.servers import TestServer, running_server
-from tests.tiny import make_tiny_base
+if TYPE_CHECKING:
+    from tests.servers import TestServer
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED_DATA = PROJECT / ".data" / "test-bases"
@@ -35,6 +36,10 @@ def tiny_base(
     tmp_path_factory: pytest.TempPathFactory, embedded_base: Path
 ) -> Callable[[str], Path]:
     """`tiny_base("qwen3")`: a random Hugging Face folder of that family, SmolLM2's tokenizer."""
+    from tests.tiny import (
+        make_tiny_base,
+    )  # a GPU's machine has fewer packages, and wants none of it
+
     root = tmp_path_factory.mktemp("tiny-bases")
 
     def make(family: str) -> Path:
@@ -46,6 +51,8 @@ def tiny_base(
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, embedded_base: Path) -> Iterator[TestServer]:
     """One real `openmint serve` for the whole session; its log must end without an error."""
+    from tests.servers import running_server
+
     with running_server(tmp_path_factory.mktemp("server"), bases_from=SHARED_DATA) as running:
         yield running
 

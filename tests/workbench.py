@@ -153,10 +153,10 @@ class Workbench:
         self.do(CreateRun(run_id, Tenant("t"), spec, seed))
         live = self.engine.runs[run_id]
         generator = torch.Generator().manual_seed(seed)
-        params_P = live.state.params_P.clone()
+        params_P = live.state.params_P.cpu().clone()  # the same values for every device
         for _, b_RO in live.layout.views(params_P).values():
             b_RO.normal_(0.0, scale, generator=generator)
-        live.set_state(type(live.state).fresh(params_P))
+        live.set_state(type(live.state).fresh(params_P.to(self.base.device)))
         return run_id
 
     def revision(self, run: str, spec: LoraSpec, seed: int, scale: float = 0.05) -> Digest:

@@ -12,6 +12,7 @@ from openmint.engine.sample_step import Sampler
 from openmint.engine.train_step import OpenTrain, Trainer
 from openmint.errors import InvalidRequest, NonFinite
 from openmint.kernels.attend import BLOCK
+from openmint.kernels.choice import use_graphs
 from openmint.kernels.compile import compile_kernels
 from openmint.layers.adapters import AdapterWeights
 from openmint.layers.attention import KVCache, TiledCache
@@ -53,7 +54,15 @@ class Engine:
             cache = TiledCache(*size, *heads)
         else:
             cache = KVCache(*size, *heads, self.dtype, torch.device(base.device))
-        self._sampler = Sampler(model, cache, lanes)
+        self._sampler = Sampler(self._replayed(model, config), cache, lanes)
+
+    def _replayed(self, model: Model, config: WorkerConfig) -> Model:
+        """The model that samples: on GPUs its decode steps are captured and replayed."""
+        if not use_graphs(torch.device(self.base.device)):
+            return model
+        from openmint.engine.decode_graphs import GraphedModel
+
+        return GraphedModel(model, -(-self.base.context_length // config.page_tokens))
 
     # -- training sessions ------------------------------------------------------------------------
 

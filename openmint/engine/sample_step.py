@@ -17,9 +17,11 @@ from torch import Tensor
 from openmint.engine.lanes import Lanes
 from openmint.engine.plan import Chunk, ChunkOutcome, Draw, PromptScored, SampleBatch
 from openmint.kernels import logprobs
+from openmint.kernels.choice import use_triton
 from openmint.kernels.team import Together, alone
 from openmint.layers.adapters import AdapterBatch, AdapterStack, AdapterWeights
 from openmint.layers.attention import (
+    Attention,
     KVCache,
     PagedAttention,
     PagedGroup,
@@ -128,7 +130,12 @@ class SampleLane:
 
     def _attention(
         self, chunks: Sequence[Chunk], positions: Sequence[IntArray], cache: KVCache
-    ) -> PagedAttention:
+    ) -> Attention:
+        if use_triton(self._device) and all(len(at_N) == 1 for at_N in positions):
+            from openmint.layers.decode_attention import DecodeAttention
+
+            pages, at_S = [chunk.pages for chunk in chunks], np.concatenate(positions)
+            return DecodeAttention.of(cache, pages, at_S, self._model.window)
         page_tokens = cache.page_tokens
         starts_S = np.cumsum([0, *(len(chunk.tokens_N) for chunk in chunks)])
         slot_T = np.concatenate(

@@ -1,1 +1,1 @@
-"""Fused operations for CPUs, each beside a slow reference; imports nothing above."""
+"""Fused operations for CPUs and GPUs, each beside a slow reference; imports nothing above."""

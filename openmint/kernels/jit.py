@@ -19,11 +19,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from openmint.kernels.compiler import intrinsic, ir, njit, overload, types
 from openmint.types import AnyArray
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])

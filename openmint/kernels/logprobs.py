@@ -141,6 +141,8 @@ def gradient_reference(
 
 
 def draw_reference(logits_RV: Tensor, heat_R: FloatArray, uniform_R: FloatArray) -> IntArray:
+    if not heat_R.any():
+        return np.asarray(_on_host(logits_RV.argmax(-1)))
     heat_R1 = torch.from_numpy(np.where(heat_R == 0.0, 1.0, heat_R))[:, None].to(logits_RV.device)
     sums_RV = (logits_RV.double() / heat_R1).softmax(-1).cumsum(-1)
     levels_R1 = torch.from_numpy(uniform_R).to(logits_RV.device)[:, None] * sums_RV[:, -1:]

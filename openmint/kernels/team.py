@@ -11,10 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from openmint.kernels.compiler import intrinsic, ir, types
 from openmint.kernels.jit import address, inlined
 from openmint.types import IntArray
 

@@ -13,19 +13,17 @@ Layouts of W, whose rows are outputs:
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-import llvmlite.binding
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
+from openmint.kernels.compiler import cpu_has, intrinsic, ir, types
 from openmint.kernels.jit import piece
 
-IS_AVAILABLE: bool = llvmlite.binding.get_host_cpu_features().get("avx512bf16", False)
+IS_AVAILABLE = cpu_has("avx512bf16")
 """Whether this machine has the instruction; elsewhere torch multiplies."""
 PANEL, STRIP, LANES = 64, 8, 16
 MOST_ROWS = 6
@@ -35,20 +33,30 @@ OUTER = 32
 STRIP_SUMS = 4
 """Partial sums of each output of a strip, which hide the instruction's latency."""
 
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 
-
-class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
+@cache
+def _bfloat() -> Any:
     """LLVM's bfloat, which llvmlite has no name for."""
 
-    def _to_string(self) -> str:
-        return "bfloat"
+    class BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
+        def _to_string(self) -> str:
+            return "bfloat"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
+        def __eq__(self, other: object) -> bool:
+            return type(other).__name__ == "BFloat"
 
-    def __hash__(self) -> int:
-        return hash("bfloat")
+        def __hash__(self) -> int:
+            return hash("bfloat")
+
+    return BFloat()
+
+
+def _int32(value: int) -> Any:
+    return ir.Constant(ir.IntType(32), value)
+
+
+def _int64(value: int) -> Any:
+    return ir.Constant(ir.IntType(64), value)
 
 
 class _Emitter:
@@ -57,15 +65,16 @@ class _Emitter:
     def __init__(self, builder: Any, lanes: int) -> None:
         self.builder, self._lanes = builder, lanes
         self.sums = ir.VectorType(ir.FloatType(), lanes)
-        self._pairs, self._words = ir.VectorType(_BFloat(), 2 * lanes), ir.VectorType(_INT32, lanes)
+        self._pairs = ir.VectorType(_bfloat(), 2 * lanes)
+        self._words = ir.VectorType(ir.IntType(32), lanes)
         name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
         module = builder.function.module
         kind = ir.FunctionType(self.sums, [self.sums, self._pairs, self._pairs])
         self._multiply = module.globals.get(name) or ir.Function(module, kind, name)
 
     def at(self, address: Any, stride: Any, count: int) -> Any:
-        stride = stride if isinstance(stride, ir.Value) else ir.Constant(_INT64, stride)
-        return self.builder.add(address, self.builder.mul(stride, ir.Constant(_INT64, count)))
+        stride = stride if isinstance(stride, ir.Value) else _int64(stride)
+        return self.builder.add(address, self.builder.mul(stride, _int64(count)))
 
     def load_sums(self, address: Any) -> Any:
         loaded = self.builder.load(self.builder.inttoptr(address, self.sums.as_pointer()))
@@ -96,10 +105,10 @@ class _Emitter:
 
     def pair(self, address: Any) -> Any:
         """One pair of x, for every column."""
-        word = self.builder.load(self.builder.inttoptr(address, _INT32.as_pointer()))
+        word = self.builder.load(self.builder.inttoptr(address, ir.IntType(32).as_pointer()))
         word.align = 2
         nothing = ir.Constant(self._words, ir.Undefined)
-        first = self.builder.insert_element(nothing, word, ir.Constant(_INT32, 0))
+        first = self.builder.insert_element(nothing, word, _int32(0))
         everywhere = ir.Constant(self._words, [0] * self._lanes)
         return self.builder.bitcast(
             self.builder.shuffle_vector(first, nothing, everywhere), self._pairs
@@ -122,9 +131,9 @@ class _Emitter:
         place = self.builder.inttoptr(address, ir.IntType(16).as_pointer())
         value = self.builder.load(place)
         value.align = 2
-        bits = self.builder.shl(self.builder.zext(value, _INT32), ir.Constant(_INT32, 16))
+        bits = self.builder.shl(self.builder.zext(value, ir.IntType(32)), _int32(16))
         nothing = ir.Constant(self._words, ir.Undefined)
-        first = self.builder.insert_element(nothing, bits, ir.Constant(_INT32, 0))
+        first = self.builder.insert_element(nothing, bits, _int32(0))
         everywhere = ir.Constant(self._words, [0] * self._lanes)
         spread = self.builder.shuffle_vector(first, nothing, everywhere)
         return self.builder.bitcast(spread, self.sums)
@@ -141,11 +150,11 @@ class _Emitter:
         block, after = (builder.function.append_basic_block(name) for name in ("sum", "summed"))
         builder.branch(block)
         builder.position_at_end(block)
-        index, totals = builder.phi(_INT64), [builder.phi(start.type) for start in starts]
+        index, totals = builder.phi(ir.IntType(64)), [builder.phi(start.type) for start in starts]
         news = body(index, totals)
-        following = builder.add(index, ir.Constant(_INT64, 1))
+        following = builder.add(index, _int64(1))
         for phi, start, new in zip(
-            [index, *totals], [ir.Constant(_INT64, 0), *starts], [following, *news], strict=True
+            [index, *totals], [_int64(0), *starts], [following, *news], strict=True
         ):
             phi.add_incoming(start, entry)
             phi.add_incoming(new, builder.block)
@@ -157,9 +166,9 @@ class _Emitter:
         """Have a cache line brought near; any address will do."""
         name, byte = "llvm.prefetch.p0", ir.IntType(8).as_pointer()
         module = self.builder.module
-        kind = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+        kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
         fetch = module.globals.get(name) or ir.Function(module, kind, name)
-        how = [ir.Constant(_INT32, value) for value in (0, 2, 1)]  # to read, into L2, data
+        how = [_int32(value) for value in (0, 2, 1)]  # to read, into L2, data
         self.builder.call(fetch, [self.builder.inttoptr(address, byte), *how])
 
     def zero(self) -> Any:
@@ -241,7 +250,7 @@ def _strip(rows: int) -> Any:
                 return news
 
             starts = [emit.zero()] * (rows * STRIP_SUMS)
-            rounds = builder.sdiv(pairs, ir.Constant(_INT64, STRIP_SUMS))
+            rounds = builder.sdiv(pairs, _int64(STRIP_SUMS))
             totals = emit.loop(rounds, starts, body)
             for row in range(rows):
                 a, b, c, d = totals[row * STRIP_SUMS : (row + 1) * STRIP_SUMS]
@@ -348,7 +357,7 @@ def _finish(adds: bool) -> Any:
     def finish(typing: Any, sums: Any, y: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             emit = _Emitter(builder, LANES)
-            short = ir.VectorType(_BFloat(), LANES)
+            short = ir.VectorType(_bfloat(), LANES)
             for vector in range(PANEL // LANES):
                 total = emit.load_sums(emit.at(arguments[0], 64, vector))
                 place = builder.inttoptr(emit.at(arguments[1], 32, vector), short.as_pointer())

@@ -8,8 +8,9 @@ that the rows of both belong to one adapter and adapters of any rank stack by co
 that share an input, such as q, k and v, share one product with their stacked A's, then each has one
 with its B's, however many adapters there are: `h_TR = x_TI @ A_RI.T`, zero where row r isn't the
 token's own adapter, `y_TO += h_TR @ B_RO`. The same zeros keep each adapter's gradient its own:
-`dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O). The tiled kernels of CPUs do without the zero
-blocks, as SGMV (arXiv:2310.18547) does on GPUs: each row is multiplied with its own adapter.
+`dA_RI = dh_TR.T @ x_TI`. Extra work is T*R*(I+O). The tiled kernels of CPUs, and those of GPUs that
+stand in for `LoraDelta` (`layers/segmented.py`), do without the zero blocks, as SGMV
+(arXiv:2310.18547) does: each row is multiplied with its own adapter.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openmint.kernels import linear as tiled
+from openmint.kernels.choice import use_triton
 from openmint.types import Digest, IntArray, LoraSpec, TargetGroup, TargetModule
 
 Direction = Literal["forth", "back"]
 """Which way a linear layer runs."""
+
+if TYPE_CHECKING:
+    from openmint.kernels.segmented import Segments
+    from openmint.layers.segmented import AdapterTable, SegmentedDelta
 
 
 class AdapterLayout:
@@ -126,7 +132,7 @@ class AdapterStack:
         self.adapters = tuple(adapters)
         self._stacked: dict[tuple[str, ...], StackedTargets] = {}
         self._addresses: dict[tuple[tuple[str, ...], Direction], tuple[IntArray, IntArray]] = {}
-        self._table: tuple[IntArray, IntArray] | None = None
+        self._all_addresses: tuple[IntArray, IntArray] | None = None
         self.rank_S = np.array([self.padded_rank(s) for s in range(len(adapters))], np.int64)
         self.scale_S = np.array([a.spec.scaling for a in adapters], np.float32)
 
@@ -151,12 +157,12 @@ class AdapterStack:
             self._addresses[key] = (shrink_S, expand_S)
         return self._addresses[key]
 
-    def table(self, layers: Sequence[HasPaths]) -> tuple[IntArray, IntArray]:
+    def all_addresses(self, layers: Sequence[HasPaths]) -> tuple[IntArray, IntArray]:
         """`addresses` of many layers' forward pass, `[N, S]` each; made once."""
-        if self._table is None:
+        if self._all_addresses is None:
             both = [self.addresses(layer.paths, "forth") for layer in layers]
-            self._table = np.stack([s for s, _ in both]), np.stack([e for _, e in both])
-        return self._table
+            self._all_addresses = np.stack([s for s, _ in both]), np.stack([e for _, e in both])
+        return self._all_addresses
 
     def members(self, group: TargetGroup) -> list[int]:
         """Slots whose adapter has targets in `group`."""
@@ -171,6 +177,13 @@ class AdapterStack:
             bs_RO = tuple(_joined([b_RO for _, b_RO in target]) for target in views)
             self._stacked[paths] = StackedTargets(a_RI, bs_RO)
         return self._stacked[paths]
+
+    @cached_property
+    def table(self) -> AdapterTable:
+        """Where the adapters lie, for kernels that read them there; GPUs only, as is Triton."""
+        from openmint.layers.segmented import AdapterTable
+
+        return AdapterTable.of(self.adapters)
 
     def row_ranges(self, group: TargetGroup) -> list[tuple[int, int, int]]:
         """`(slot, start, stop)` of each member's rows within a target's."""
@@ -191,8 +204,15 @@ class GradientSink:
 
     def __init__(self, stack: AdapterStack, grads_SP: Sequence[Tensor]) -> None:
         self._stack = stack
+        self._grads_SP = tuple(grads_SP)
         pairs = zip(stack.adapters, grads_SP, strict=True)
         self._views = [adapter.layout.views(grad_P) for adapter, grad_P in pairs]
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        """Where each slot's vector begins in device memory, int64 `[S]`."""
+        addresses = [grad_P.data_ptr() for grad_P in self._grads_SP]
+        return torch.tensor(addresses).to(self._grads_SP[0].device)
 
     def views(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
         """`path -> (A_RI, B_RO)` of one slot's gradient."""
@@ -216,17 +236,21 @@ class AdapterBatch:
     ) -> None:
         self.stack = stack
         self.sink = sink
-        self._slot_T = slot_T
+        self.slot_T = slot_T
         self._selectors: dict[tuple[TargetGroup, int], tuple[Tensor | None, Tensor | float]] = {}
 
     def at(self, rows: Tensor) -> AdapterBatch:
         """The same for some of the tokens."""
-        return AdapterBatch(self.stack, self._slot_T[rows], self.sink)
+        return AdapterBatch(self.stack, self.slot_T[rows], self.sink)
 
-    def delta(self, group: TargetGroup, paths: tuple[str, ...]) -> LoraDelta | None:
+    def delta(
+        self, group: TargetGroup, paths: tuple[str, ...]
+    ) -> LoraDelta | SegmentedDelta | None:
         """The update of targets with one input, or None when no adapter of the batch has them."""
         if not self.stack.members(group):
             return None
+        if use_triton(self.slot_T.device) and not self._is_uniform:
+            return self.stack.table.delta(paths, self._segments)
         key = (group, len(paths))
         if key not in self._selectors:
             self._selectors[key] = self._select(*key)
@@ -248,7 +272,7 @@ class AdapterBatch:
     @cached_property
     def slot_rows(self) -> IntArray:
         """Each token's slot, on the host."""
-        slot_T: IntArray = self._slot_T.cpu().numpy()
+        slot_T: IntArray = self.slot_T.cpu().numpy()
         return slot_T
 
     @cached_property
@@ -261,7 +285,13 @@ class AdapterBatch:
 
     @cached_property
     def _is_uniform(self) -> bool:
-        return len(self.stack.adapters) == 1 and bool((self._slot_T == 0).all())
+        return len(self.stack.adapters) == 1 and bool((self.slot_T == 0).all())
+
+    @cached_property
+    def _segments(self) -> Segments:
+        from openmint.kernels.segmented import segments
+
+        return segments(self.slot_T, len(self.stack.adapters))
 
     def _select(self, group: TargetGroup, num_targets: int) -> tuple[Tensor | None, Tensor | float]:
         """Which rows are whose, and their scales, for rows that repeat once per target."""
@@ -269,10 +299,10 @@ class AdapterBatch:
         specs = [self.stack.adapters[slot].spec for slot in members]
         if self._is_uniform:
             return None, specs[0].scaling
-        device = self._slot_T.device
+        device = self.slot_T.device
         pairs = list(zip(members, specs, strict=True))
         slot_R = torch.tensor([slot for slot, spec in pairs for _ in range(spec.rank)])
         scale_R = torch.tensor([spec.scaling for spec in specs for _ in range(spec.rank)])
         slot_R, scale_R = (rows_R.repeat(num_targets).to(device) for rows_R in (slot_R, scale_R))
-        own_TR = self._slot_T[:, None] == slot_R[None, :]
+        own_TR = self.slot_T[:, None] == slot_R[None, :]
         return own_TR, scale_R.to(self.stack.adapters[0].flat_P.dtype)

@@ -18,7 +18,7 @@ from openmint.errors import InvalidRequest
 from openmint.kernels import linear as tiled
 from openmint.kernels.team import Together
 from openmint.kernels.tile import IS_AVAILABLE, OUTER, STRIP
-from openmint.layers.adapters import AdapterBatch, Direction, GradientSink
+from openmint.layers.adapters import AdapterBatch, Direction, GradientSink, LoraDelta
 from openmint.types import TargetGroup, TargetModule
 
 PartWeights = tuple[str, Tensor, Tensor | None]
@@ -78,20 +78,23 @@ class LoraLinear:
 
 
 class TorchLinear(LoraLinear):
-    """All adapters of a batch stacked: two products per target, however many there are."""
+    """By torch: on a GPU the adapters segment by segment; else all of a batch stacked, two products
+    per target, however many there are."""
 
     def __init__(self, group: TargetGroup, parts: Sequence[PartWeights]) -> None:
         super().__init__(group, parts)
         weights = [weight for _, weight, _ in parts]
-        self._weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
         biases = [bias for _, _, bias in parts if bias is not None]
         self._bias_O = torch.cat(biases) if biases else None
 
     def forward(self, x_TI: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, Tensor | None]:
-        y_TO = F.linear(x_TI, self._weight_OI, self._bias_O)
+        y_TO = F.linear(x_TI, self.weight_OI, self._bias_O)
         delta = adapters.delta(self.group, self.paths) if adapters else None
         if delta is None:
             return y_TO, None
+        if not isinstance(delta, LoraDelta):
+            return y_TO, delta.add_(y_TO, x_TI)
         h_TR = delta.select(F.linear(x_TI, delta.stacked.a_RI))
         for i, (part, b_RO) in enumerate(zip(self.parts, delta.stacked.bs_RO, strict=True)):
             y_TO[:, part.start : part.stop].addmm_(h_TR[:, delta.stacked.rows(i)], b_RO)
@@ -100,9 +103,12 @@ class TorchLinear(LoraLinear):
     def backward(
         self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
     ) -> Tensor:
-        grad_x_TI = grad_TO @ self._weight_OI
+        grad_x_TI = grad_TO @ self.weight_OI
         delta = adapters.delta(self.group, self.paths) if adapters else None
         if delta is None or h_TR is None or adapters is None:
+            return grad_x_TI
+        if not isinstance(delta, LoraDelta):
+            delta.back_(grad_x_TI, grad_TO, x_TI, h_TR, adapters.sink)
             return grad_x_TI
         stacked = delta.stacked
         grads_TO = [grad_TO[:, part.start : part.stop] for part in self.parts]

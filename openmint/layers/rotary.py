@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from openmint.errors import InvalidRequest
 from openmint.kernels import rotary
+from openmint.kernels.choice import use_triton
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 
@@ -46,6 +47,11 @@ def rotate(
     """The first heads of each row turned by its position's angles, and the other heads as they are:
     `([T, num_rotated, D], [T, rest, D])`."""
     width = cos_TD.shape[1]
+    if use_triton(heads_TW.device) and not heads_TW.requires_grad:
+        from openmint.kernels import fused_decode
+
+        turned = fused_decode.rotate(heads_TW, cos_TD, sin_TD, num_rotated)
+        return turned, heads_TW.unflatten(1, (-1, width))[:, num_rotated:]
     if heads_TW.device.type != "cpu":
         turned = rotary.reference(heads_TW, cos_TD, sin_TD, num_rotated)
         return turned, heads_TW.unflatten(1, (-1, width))[:, num_rotated:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,23 +49,36 @@ def load_model(
         )
     weights = Weights(directory, DTYPES[config.dtype], device)
     model = FAMILIES[architecture](hf_config, weights, config.serving_weights == "int8")
+    info = describe(model, hf_config, config, name=name, digest=digest, directory=str(directory))
+    return model, replace(info, eos_token_ids=_eos_token_ids(directory, hf_config))
+
+
+def describe(
+    model: Model,
+    hf_config: PretrainedConfig,
+    config: WorkerConfig,
+    *,
+    name: str,
+    digest: Digest,
+    directory: str,
+) -> BaseInfo:
+    """What to tell others of a resident base that has this config; no token ends a completion."""
     num_params = sum(t.num_in * t.num_out for t in model.targets)
-    info = BaseInfo(
+    return BaseInfo(
         name=name,
         digest=digest,
-        architecture=architecture,
-        directory=str(directory),
+        architecture=(hf_config.architectures or ["unknown"])[0],
+        directory=directory,
         dtype=config.dtype,
         device=config.device,
         vocab_size=hf_config.vocab_size,
         context_length=hf_config.max_position_embeddings,
-        eos_token_ids=_eos_token_ids(directory, hf_config),
+        eos_token_ids=(),
         num_params=num_params,
         weight_bytes=num_params * DTYPES[config.dtype].itemsize,
         max_rank=config.max_rank,
         targets=model.targets,
     )
-    return model, info
 
 
 def _eos_token_ids(directory: Path, config: PretrainedConfig) -> tuple[int, ...]:

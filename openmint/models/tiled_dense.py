@@ -103,7 +103,7 @@ class TiledDense:
         if adapters is None:
             return dense_step.Adapters(0, 0, 0, 0, 0, 0)
         stack = adapters.stack
-        shrink_NS, expand_NS = stack.table(self._linears)
+        shrink_NS, expand_NS = stack.all_addresses(self._linears)
         return dense_step.Adapters(
             slot_T=adapters.slot_rows.ctypes.data,
             shrink_NS=shrink_NS.ctypes.data,

@@ -6,6 +6,7 @@ writing of the store happens in the background; its ends come back through `post
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import structlog
 
 from openmint.config import WorkerConfig
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
@@ -61,7 +61,7 @@ from openmint.types import (
     TopLogprobs,
 )
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Weights(Protocol):
