@@ -19,8 +19,8 @@ STOP_SECONDS = 30.0
 MEMORY_ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
     "LRU_CACHE_CAPACITY": "32",
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(2**21),
+    "MALLOC_TRIM_THRESHOLD_": str(2**21),
     "MALLOC_ARENA_MAX": "2",
 }
 """Keeps a CPU worker's memory flat. Each new batch length makes kernels, of which oneDNN and the
