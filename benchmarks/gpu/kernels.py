@@ -106,9 +106,8 @@ def through(linear: LoraLinear, stack: AdapterStack, x_TI: Tensor, grad_TO: Tens
     slot_T = torch.arange(NUM_TOKENS, device=x_TI.device) % (NUM_ADAPTERS + 1) - 1
     sinks = [torch.zeros_like(a.flat_P, dtype=torch.float32) for a in stack.adapters]
     batch = AdapterBatch(stack, slot_T, GradientSink(stack, sinks))
-    delta = linear.delta(batch)
-    y_TO, h = linear.forward(x_TI, delta)
-    return [y_TO, linear.backward(grad_TO, x_TI, h, delta, batch), *sinks]
+    y_TO, h = linear.forward(x_TI, batch)
+    return [y_TO, linear.backward(grad_TO, x_TI, h, batch), *sinks]
 
 
 def small_works(scale: Scale) -> dict[str, Callable[[], list[Tensor]]]:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import kernels as suite
+from benchmarks.gpu.scale import TINY
 from openmint.kernels import norm, rotary, swiglu
 from openmint.layers.adapters import (
     AdapterBatch,
@@ -17,7 +19,7 @@ from openmint.layers.adapters import (
     LoraDelta,
 )
 from openmint.layers.attention import KVCache, PagedAttention, PagedGroup, Sight
-from openmint.layers.linear import LoraLinear
+from openmint.layers.linear import TorchLinear
 from openmint.types import LoraSpec, TargetModule
 from tests.gpu.conftest import Device
 
@@ -49,7 +51,7 @@ class Case:
             (name, self.normal(out, self.num_in), None)
             for name, out in zip(names, outs, strict=True)
         ]
-        self.linear = LoraLinear("attn", parts)
+        self.linear = TorchLinear("attn", parts)
         targets = [*self.linear.targets, TargetModule("m.up", "mlp", self.num_in, 16)]
         self.adapters = []
         for spec in SPECS:
@@ -68,10 +70,9 @@ class Case:
             torch.zeros(adapter.layout.num_params, device=self.device) for adapter in self.adapters
         ]
         batch = AdapterBatch(stack, slot_T.to(self.device), GradientSink(stack, sinks))
-        delta = self.linear.delta(batch)
-        y_TO, h = self.linear.forward(x_TI, delta)
-        grad_x_TI = self.linear.backward(grad_TO, x_TI, h, delta, batch)
-        return [y_TO, grad_x_TI, *sinks], delta
+        y_TO, h = self.linear.forward(x_TI, batch)
+        grad_x_TI = self.linear.backward(grad_TO, x_TI, h, batch)
+        return [y_TO, grad_x_TI, *sinks], batch.delta("attn", self.linear.paths)
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
@@ -83,7 +84,7 @@ def test_segments_equal_the_masked_products(
         case = Case(WIDTHS[widths], dtype, triton_device.name)
         slot_T = torch.randint(-1, len(SPECS), (num_tokens,), generator=case.draw)
         x_TI = case.normal(num_tokens, case.num_in)
-        grad_TO = case.normal(num_tokens, case.linear.weight.num_out)
+        grad_TO = case.normal(num_tokens, case.linear.num_out)
         monkeypatch.setenv("OPENMINT_TRITON", "1")
         ours, way = case.run(slot_T, x_TI, grad_TO)
         assert not isinstance(way, LoraDelta)
@@ -100,7 +101,7 @@ def test_segments_equal_the_masked_products(
 def test_an_adapter_that_overflows_stays_alone(triton_device: Device) -> None:
     case = Case(WIDTHS["even"], torch.float32, triton_device.name)
     slot_T = torch.tensor([0, 2, 0, -1, 3, 2])
-    x_TI, grad_TO = case.normal(6, case.num_in), case.normal(6, case.linear.weight.num_out)
+    x_TI, grad_TO = case.normal(6, case.num_in), case.normal(6, case.linear.num_out)
     healthy, _ = case.run(slot_T, x_TI, grad_TO)
     case.adapters[2].flat_P.fill_(float("inf"))
     sick, _ = case.run(slot_T, x_TI, grad_TO)
@@ -197,3 +198,16 @@ def test_fused_operations_equal_their_references(width: int, triton_device: Devi
         for ours, module, arguments in pairs:
             theirs = module.reference(*arguments)
             torch.testing.assert_close(ours, theirs, rtol=tolerance(dtype), atol=tolerance(dtype))
+
+
+def test_the_suites_own_comparison_runs_and_agrees(triton_device: Device) -> None:
+    if triton_device.is_real:
+        pytest.skip("benchmarks/gpu/run.sh asks this at full size")
+    rows = list(suite.rows(TINY))
+    assert all(row["agrees"] for row in rows)
+    assert {row["table"] for row in rows} == {"kernels", "decode of two layers"}
+
+
+def test_what_the_suite_compares_runs_by_references_anywhere() -> None:
+    for work in {**suite.adapter_works(TINY), **suite.small_works(TINY)}.values():
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in work())
