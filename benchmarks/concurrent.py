@@ -113,11 +113,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far policies computed the same in two arms; gaps are over steps with equal samples."""
+    """How far policies computed the same in two arms; gaps are over steps with equal samples and
+    rewards."""
 
     num_policies: int
     num_same_tokens: int
     """Policies whose every sampled and evaluated token is the same."""
+    num_graded_otherwise: int
+    """Policies that parted because equal samples got other rewards: the grader's doing."""
     loss_gap: float
     grad_norm_gap: float
     logprob_gap: float
@@ -131,8 +134,9 @@ class Agreement:
         if self.is_exact:
             return f"{self.num_policies} of {self.num_policies} to the bit"
         return (
-            f"{self.num_same_tokens} of {self.num_policies} the same tokens; with equal samples "
-            f"loss within {self.loss_gap:.2g}, log-probability within {self.logprob_gap:.2g}"
+            f"{self.num_same_tokens} of {self.num_policies} the same tokens, "
+            f"{self.num_graded_otherwise} graded otherwise; until they part, loss within "
+            f"{self.loss_gap:.2g}, log-probability within {self.logprob_gap:.2g}"
         )
 
 
@@ -252,6 +256,7 @@ def agreement(alone: Sequence[PolicyRecord], at_once: Sequence[PolicyRecord]) ->
     return Agreement(
         len(pairs),
         sum(all_tokens(one) == all_tokens(other) for one, other in pairs),
+        sum(graded_otherwise(one, other) for one, other in pairs),
         max((abs(one.loss - other.loss) for one, other in steps), default=0.0),
         max((abs(one.grad_norm - other.grad_norm) for one, other in steps), default=0.0),
         max(
@@ -266,9 +271,20 @@ def agreement(alone: Sequence[PolicyRecord], at_once: Sequence[PolicyRecord]) ->
 
 
 def equal_steps(one: PolicyRecord, other: PolicyRecord) -> list[tuple[StepRecord, StepRecord]]:
-    """The steps of two runs of a policy until their samples part."""
+    """The steps of two runs of a policy until their samples or rewards part."""
     pairs = zip(one.steps, other.steps, strict=True)
-    return list(takewhile(lambda pair: pair[0].tokens_S == pair[1].tokens_S, pairs))
+    return list(takewhile(lambda pair: same_work(*pair), pairs))
+
+
+def same_work(one: StepRecord, other: StepRecord) -> bool:
+    return (one.tokens_S, one.reward) == (other.tokens_S, other.reward)
+
+
+def graded_otherwise(one: PolicyRecord, other: PolicyRecord) -> bool:
+    """Whether the first step that differs has the same samples in both runs."""
+    pairs = zip(one.steps, other.steps, strict=True)
+    parted = next((pair for pair in pairs if not same_work(*pair)), None)
+    return parted is not None and parted[0].tokens_S == parted[1].tokens_S
 
 
 def all_tokens(policy: PolicyRecord) -> list[tuple[tuple[int, ...], ...]]:

@@ -70,6 +70,19 @@ def test_equal_runs_agree_to_the_bit_and_others_until_their_samples_part() -> No
     found = agreement([same, other], [same, parted])
     assert not found.is_exact
     assert (found.num_same_tokens, found.loss_gap, found.logprob_gap) == (1, 0.25, 0.0)
+    assert found.num_graded_otherwise == 0
+
+
+def test_a_policy_that_parts_because_of_its_grader_is_told_from_one_that_computed_otherwise() -> (
+    None
+):
+    one = policy(0, (1, 2), (3, 4), (5, 6))
+    first, second, third = one.steps
+    later = replace(third, tokens_S=((5, 7),))
+    other = replace(one, steps=(first, replace(second, reward=0.25, grad_norm=9.0), later))
+    found = agreement([one], [other])
+    assert (found.num_same_tokens, found.num_graded_otherwise) == (0, 1)
+    assert found.grad_norm_gap == 0.0
 
 
 def turn(*ends: float, peak: int = 2**30) -> Turn:
