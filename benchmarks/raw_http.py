@@ -132,7 +132,13 @@ class TinkerSampler:
             )
         return cls(site, sampler.json["sampling_session_id"])
 
-    async def submit(self, connection: Connection, prompt: Sequence[int], **params: Any) -> str:
+    async def submit(
+        self,
+        connection: Connection,
+        prompt: Sequence[int],
+        prompt_logprobs: bool = False,
+        **params: Any,
+    ) -> str:
         """Opens a sample; the `request_id` of its future."""
         reply = await connection.post(
             self.site.request(
@@ -140,6 +146,7 @@ class TinkerSampler:
                 sampling_session_id=self.sampler_id,
                 num_samples=1,
                 prompt={"chunks": [{"type": "encoded_text", "tokens": list(prompt)}]},
+                prompt_logprobs=prompt_logprobs,
                 sampling_params={"stop": [], **params},
             )
         )
@@ -153,6 +160,14 @@ class TinkerSampler:
         if "error" in reply.json:
             raise RuntimeError(f"{request_id} failed: {reply.json['error']}")
         return reply
+
+    async def logprobs(self, connection: Connection, tokens: Sequence[int]) -> list[float | None]:
+        """Log-probability of each token after those before it; None for the first."""
+        request_id = await self.submit(connection, tokens, prompt_logprobs=True, max_tokens=1)
+        found: list[float | None] = (await self.retrieve(connection, request_id)).json[
+            "prompt_logprobs"
+        ]
+        return found
 
 
 async def answer_at_once() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import control, load
 from benchmarks.control import Figures, Situation, Timing
-from benchmarks.load import Outcome, Size, Wish
+from benchmarks.load import Answer, Size, Wish
 from benchmarks.raw_http import Reply
 from tests.servers import TestServer, running_server
 
@@ -40,7 +40,7 @@ def test_control_times_both_apis_alone_and_beside_others(tiny_server: TestServer
 
 
 def test_load_gives_everybody_their_own_answer(tiny_server: TestServer) -> None:
-    report = load.answer(tiny_server, 2, Size(num_samples=20, num_polls=60, num_alone=5))
+    report = load.answer(tiny_server, 2, Size(num_samples=20, num_polls=60))
     assert [line.figure for line in report.lines] == [
         "0 errors, 0 lost, 0 wrong of 40",
         "0 errors, 0 lost, 0 wrong of 120",
@@ -49,11 +49,12 @@ def test_load_gives_everybody_their_own_answer(tiny_server: TestServer) -> None:
     assert report.data[0]["peak_files"] > 60
 
 
-def test_answers_of_another_are_counted_as_wrong() -> None:
-    wishes = [Wish((5,), 0, 2), Wish((6,), 1, 3), Wish((7,), 2, 1), Wish((8,), 3, 1)]
-    answers = [(1, 2, 3), (4, 5, 6), (7,), None]
-    outcome = Outcome(answers, ["HTTP 500"], 0)
-    assert outcome.num_wrong(wishes, [None, (4, 5, 6), (8,), (9,)]) == 2
+def test_an_answer_of_another_length_or_prompt_is_told_from_ones_own() -> None:
+    wish = Wish((5, 6, 7), seed=0, max_tokens=2)
+    answer = Answer((8, 9), (-1.0, -2.0))
+    assert answer.is_for(wish, [-1.1, -2.0])
+    assert not answer.is_for(wish, [-1.1, -2.5])
+    assert not answer.is_for(Wish((5, 6, 7), 0, 3), [-1.0, -2.0])
 
 
 def test_control_is_what_the_engine_does_not_explain() -> None:
