@@ -25,8 +25,8 @@ MEMORY_ENVIRONMENT = {
 }
 """Keeps a CPU worker's memory flat. Each new batch length makes kernels, of which oneDNN and the
 layer above it would keep 1024 each, and blocks that malloc would rather keep than reuse, an arena
-for every lane: 3.1 GB after the quick demo, 2.0 GB with these. 2 MiB keep the activations of a small
-model off fresh pages (docs/performance.md). The environment of `serve` wins."""
+for every lane: 3.1 GB after the quick demo, 2.0 GB with these. 2 MiB keep a small model's
+activations off fresh pages (docs/performance.md). The environment of `serve` wins."""
 
 
 class WorkerProcess:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from openmint.kernels import linear as tiled
 from openmint.kernels.choice import use_triton
+from openmint.kernels.tile import IS_AVAILABLE
 from openmint.types import Digest, IntArray, LoraSpec, TargetGroup, TargetModule
 
 Direction = Literal["forth", "back"]
@@ -86,7 +87,10 @@ class AdapterWeights:
 
     @property
     def num_bytes(self) -> int:
-        return self.flat_P.nbytes
+        """Its vector, and its tiles of the forward pass where sampling lays them out."""
+        is_tiled = self.flat_P.device.type == "cpu" and self.flat_P.dtype == torch.bfloat16
+        rows = self.spec.rank + (tiled.padded(self.spec.rank) if is_tiled and IS_AVAILABLE else 0)
+        return self.flat_P.nbytes * rows // self.spec.rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,6 +236,17 @@ def test_in_tiles_anothers_overflow_does_not_reach_a_neighbour() -> None:
     assert out[1:].isfinite().all()
 
 
+@needs_tiles
+def test_an_adapters_size_counts_the_tiles_that_sampling_reads() -> None:
+    adapter = TILED_ADAPTERS[3]
+    tiles = adapter.tiles(PATHS, "forth")
+    attn = sum(view.nbytes for path in PATHS for view in adapter.views[path])
+    # Panels of this layer are padded to 64 outputs; those of real layers hardly are.
+    assert adapter.num_bytes == 2 * adapter.flat_P.nbytes
+    assert attn <= sum(each.nbytes for each in tiles) <= 2 * attn
+    assert ADAPTERS[3].num_bytes == ADAPTERS[3].flat_P.nbytes
+
+
 def test_weights_of_odd_widths_or_other_dtypes_are_left_to_torch() -> None:
     odd = torch.randn(20, NUM_IN).bfloat16()
     assert isinstance(lora_linear("attn", [("q", odd, None)]), TorchLinear)
