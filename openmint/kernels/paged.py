@@ -3,9 +3,8 @@
 S sequences, G key heads, D head size, P pages, T tokens of a page, K keys. A sequence's key k is
 token `k % T` of its page `k // T`.
 
-Attention itself stays with the products that training uses: a kernel over the pages sums in another
-order, and one last bit in one layer is 0.016 in the log-probabilities of a 30-layer model in
-bfloat16 (median, SmolLM2-135M), where the trainer has to see what the sampler saw.
+Attention over them then runs as in training. Where a model is sampled in tiles, keys and values lie
+in blocks of their own layout (`attend.py`) and are read in place.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ MAX_PADDING = 1.25
 """A bucket's padded size may exceed its tokens by this factor."""
 PLAIN_TOKENS = 1024
 """Up to so many keys, CPUs attend by plain GEMMs: 6x faster than the flash kernel at 32 tokens,
-even at 256, and prefill, decode and training round alike (docs/numerics.md)."""
+even at 256. In tiles, probabilities of so many keys are kept for the way back."""
 
 NO_WINDOW = 1 << 40
 
