@@ -177,7 +177,7 @@ def expand(sums: Any, first: Any, rows: Any, panel: Any, part: Any, slots: Any, 
             depth = rank if part >= 0 else rank * slots.num_parts
             own, stride = h[0] + row * h[1] + 2 * rank * max(part, 0), h[1]
             place, out = tiles + panel * 2 * depth * PANEL, sums + (row - first) * 4 * PANEL
-            add_tile(alike, own, stride, place, 4 * PANEL, depth // 2, out, 4 * PANEL)
+            add_tile(alike, own, stride, place, 4 * PANEL, depth // 2, out, 4 * PANEL, place)
         row += alike
 
 

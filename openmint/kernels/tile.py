@@ -375,120 +375,53 @@ def _finish(adds: bool) -> Any:
     return finish
 
 
-_wide1, _wide2, _wide3, _wide4, _wide5, _wide6 = (_tile(rows, 4, False) for rows in range(1, 7))
-_more1, _more2, _more3, _more4, _more5, _more6 = (_tile(rows, 4, True) for rows in range(1, 7))
-_slim1, _slim2, _slim3, _slim4 = (_tile(rows, 1, False) for rows in range(1, 5))
-_slim_more1, _slim_more2, _slim_more3, _slim_more4 = (_tile(rows, 1, True) for rows in range(1, 5))
-_byte1, _byte2, _byte3, _byte4, _byte5, _byte6 = (
-    _tile(rows, 4, False, of_bytes=True) for rows in range(1, 7)
-)
+def _up_to_six(tiles: list[Any]) -> Any:
+    """One function for tiles of one to six rows: `f(rows, ...)`."""
+    one, two, three, four, five, six = tiles
+
+    @piece
+    def run(
+        rows: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        pairs: Any,
+        out: Any,
+        out_stride: Any,
+        ahead: Any,
+    ) -> None:
+        if rows == 6:
+            six(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+        elif rows == 5:
+            five(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+        elif rows == 4:
+            four(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+        elif rows == 3:
+            three(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+        elif rows == 2:
+            two(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+        else:
+            one(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+
+    return run
+
+
+_ROWS = range(1, MOST_ROWS + 1)
+tile = _up_to_six([_tile(rows, 4, adds=False) for rows in _ROWS])
+"""`out = x @ w`, 64 columns; memory from `ahead` on is brought near."""
+byte_tile = _up_to_six([_tile(rows, 4, adds=False, of_bytes=True) for rows in _ROWS])
+"""`tile` of int8 panels."""
+add_tile = _up_to_six([_tile(rows, 4, adds=True) for rows in _ROWS])
+"""`out += x @ w`, 64 columns; `ahead` is not used."""
+slim_tile = _up_to_six([_tile(rows, 1, adds=False) for rows in _ROWS])
+"""`out = x @ w`, 16 columns; `ahead` is not used."""
+add_slim_tile = _up_to_six([_tile(rows, 1, adds=True) for rows in _ROWS])
+"""`out += x @ w`, 16 columns; `ahead` is not used."""
 _strip1, _strip4 = _strip(1), _strip(4)
 _quad1, _quad2, _quad3, _quad4 = (_quad(rows) for rows in range(1, 5))
 outer = _outer()
 finish, finish_adding = _finish(False), _finish(True)
-
-
-@piece
-def tile(
-    rows: Any,
-    x: Any,
-    x_stride: Any,
-    w: Any,
-    w_stride: Any,
-    pairs: Any,
-    out: Any,
-    out_stride: Any,
-    ahead: Any,
-) -> None:
-    """`out = x @ w`, up to 6 rows and 64 columns; memory from `ahead` on is brought near."""
-    if rows == 6:
-        _wide6(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    elif rows == 5:
-        _wide5(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    elif rows == 4:
-        _wide4(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    elif rows == 3:
-        _wide3(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    elif rows == 2:
-        _wide2(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    else:
-        _wide1(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-
-
-@piece
-def byte_tile(
-    rows: Any,
-    x: Any,
-    x_stride: Any,
-    w: Any,
-    w_stride: Any,
-    pairs: Any,
-    out: Any,
-    out_stride: Any,
-    ahead: Any,
-) -> None:
-    """`tile` of int8 panels; memory from `ahead` on is brought near."""
-    if rows == 6:
-        _byte6(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    elif rows == 5:
-        _byte5(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    elif rows == 4:
-        _byte4(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    elif rows == 3:
-        _byte3(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    elif rows == 2:
-        _byte2(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-    else:
-        _byte1(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
-
-
-@piece
-def add_tile(
-    rows: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, out_stride: Any
-) -> None:
-    """`out += x @ w`, up to 6 rows and 64 columns."""
-    if rows == 6:
-        _more6(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    elif rows == 5:
-        _more5(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    elif rows == 4:
-        _more4(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    elif rows == 3:
-        _more3(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    elif rows == 2:
-        _more2(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    else:
-        _more1(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-
-
-@piece
-def slim_tile(
-    rows: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, out_stride: Any
-) -> None:
-    """`out = x @ w`, up to 4 rows and 16 columns."""
-    if rows == 4:
-        _slim4(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    elif rows == 3:
-        _slim3(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    elif rows == 2:
-        _slim2(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    else:
-        _slim1(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-
-
-@piece
-def add_slim_tile(
-    rows: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, pairs: Any, out: Any, out_stride: Any
-) -> None:
-    """`out += x @ w`, up to 4 rows and 16 columns."""
-    if rows == 4:
-        _slim_more4(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    elif rows == 3:
-        _slim_more3(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    elif rows == 2:
-        _slim_more2(x, x_stride, w, w_stride, pairs, out, out_stride, w)
-    else:
-        _slim_more1(x, x_stride, w, w_stride, pairs, out, out_stride, w)
 
 
 @piece
