@@ -20,100 +20,46 @@ import torch
 
 from benchmarks.arms.protocol import Turn, serve
 from benchmarks.arms.steps import StepLog, decode_answer, prompts, token_rows
+from benchmarks.in_process import DIGEST, TENANT, InProcess, next_tokens
 from openmint.config import WorkerConfig
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
 from openmint.engine.plan import MicroBatch, TrainItem
 from openmint.models.loader import load_model
-from openmint.scheduler.scheduler import Scheduler
 from openmint.scheduler.work import (
-    Command,
     CreateRun,
-    Done,
     DropRun,
     ExportRun,
-    Failed,
     OptimWork,
     SampleWork,
-    Submit,
-    ToGateway,
     TrainWork,
 )
 from openmint.store.adapter_file import to_peft
 from openmint.store.blobs import BlobStore
 from openmint.types import (
     AdamParams,
-    Datum,
     Digest,
     LoraSpec,
     LossSpec,
     RunId,
     SamplingParams,
-    Tenant,
 )
 
-DIGEST = Digest("sha256:" + "0" * 64)
-TENANT = Tenant("benchmark")
 ADAPTER_STEPS, ADAPTER_LEARNING_RATE = 2, 3e-3
 """Enough for an adapter to change what the base says, too little to make noise of it."""
 
 
-class Service:
-    """A worker's engine and scheduler in this process, and its store in a folder."""
+class Service(InProcess):
+    """A base from its folder, and a store."""
 
     def __init__(self, base: str, store: Path, **worker: Any) -> None:
         threads = int(os.environ["OMP_NUM_THREADS"])
         torch.set_num_threads(threads)
         self.config = WorkerConfig(threads=threads, **worker)
         model, self.base = load_model("base", Path(base), DIGEST, self.config)
-        self.engine = Engine(model, self.base, self.config)
+        engine = Engine(model, self.base, self.config)
         self.blobs = BlobStore(store)
-        archive = AdapterArchive(self.blobs, self.base, self.engine.dtype)
-        self._answers: dict[int, Any] = {}
-        self._ended: list[Callable[[], None]] = []
-        self._work_ids = count(1)
-        self.scheduler = Scheduler(
-            self.engine, archive, self.config, lambda tokens: "", self._receive, self._background
-        )
-
-    def submit(self, command: Command) -> int:
-        work_id = next(self._work_ids)
-        self.scheduler.submit(Submit(work_id, command))
-        return work_id
-
-    def steps(self) -> Iterator[None]:
-        """Run until nothing is queued, step by step."""
-        while not self.scheduler.is_idle:
-            while self._ended:
-                self._ended.pop(0)()
-            self.scheduler.step()
-            yield
-
-    def result(self, work_id: int) -> Any:
-        """What came of a command. Raises its error."""
-        answer = self._answers.pop(work_id)
-        if isinstance(answer, Failed):
-            raise answer.error
-        return answer.result
-
-    def do(self, command: Command) -> Any:
-        work_id = self.submit(command)
-        for _ in self.steps():
-            pass
-        return self.result(work_id)
-
-    def _receive(self, message: ToGateway) -> None:
-        if isinstance(message, Done | Failed):
-            self._answers[message.work_id] = message
-
-    def _background(
-        self, job: Callable[[], Any], then: Callable[[Any, Exception | None], None]
-    ) -> None:
-        try:
-            value, error = job(), None
-        except Exception as failure:  # the scheduler hears of it, as it does in a worker
-            value, error = None, failure
-        self._ended.append(lambda: then(value, error))
+        super().__init__(engine, AdapterArchive(self.blobs, self.base, engine.dtype), self.config)
 
 
 @cache
@@ -186,12 +132,6 @@ class Training:
         each = max(1, self._service.config.micro_batch_tokens // self.length)
         parts = [tuple(items[start : start + each]) for start in range(0, len(items), each)]
         return [MicroBatch(part, len(part) * self.length) for part in parts]
-
-
-def next_tokens(row_N1: np.ndarray[Any, Any]) -> Datum:
-    """Every token of the row predicts the next one, all with weight one."""
-    weights = np.ones(len(row_N1) - 1, dtype=np.float32)
-    return Datum(row_N1[:-1], {"target_tokens": row_N1[1:], "weights": weights})
 
 
 # -- decoding -------------------------------------------------------------------------------------

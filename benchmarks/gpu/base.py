@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from benchmarks.gpu.scale import Scale
-from openmint.layers.linear import LoraLinear, TorchLinear
+from openmint.layers.linear import TorchLinear
 from openmint.models.dense import DenseModel
 from openmint.models.loader import DTYPES
 
@@ -62,18 +62,13 @@ def make_model(scale: Scale, seed: int = 0) -> tuple[DenseModel, Qwen3Config]:
     return DenseModel(config, weights), config
 
 
-def linears(model: DenseModel) -> list[LoraLinear]:
-    """All linear layers but the head, which is the embedding."""
-    return [x for layer in model.layers for x in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-
-
 def named_tensors(model: DenseModel) -> dict[str, Tensor]:
     """The base's own memory by its Hugging Face names: who writes there changes the live model."""
     tensors = {
         "model.embed_tokens.weight": model.embedding_VD,
         "model.norm.weight": model.final_norm_D,
     }
-    for linear in linears(model):
+    for linear in model.linears:
         assert isinstance(linear, TorchLinear), "here no weight is laid out for a CPU"
         weight_OI = linear.weight_OI
         for part in linear.parts:

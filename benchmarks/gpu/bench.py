@@ -1,11 +1,10 @@
-"""A worker's engine and scheduler in this process, on a base that is resident already."""
+"""Benches on bases of random weights, and what the questions share: adapters, prompts, clocks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,86 +13,43 @@ import torch
 
 from benchmarks.gpu.base import make_model
 from benchmarks.gpu.scale import Scale
+from benchmarks.in_process import DIGEST, TENANT, InProcess
 from openmint.config import WorkerConfig
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.models.loader import describe
-from openmint.scheduler.scheduler import Scheduler
 from openmint.scheduler.work import (
-    Command,
     CreateRun,
-    Done,
-    Failed,
     SampleResult,
     SampleWork,
-    Submit,
-    ToGateway,
 )
 from openmint.store.blobs import BlobStore
 from openmint.types import (
     BaseInfo,
-    Datum,
     Digest,
     IntArray,
     LoraSpec,
     RunId,
     SamplingParams,
-    Tenant,
 )
 
-DIGEST = Digest("sha256:" + "0" * 64)
-TENANT = Tenant("benchmark")
 ADAPTER_SPREAD = 0.02
 """Of B's values: enough for an adapter to change what the base says."""
 
 MakeArchive = Callable[[BaseInfo, torch.dtype], Any]
 
 
-class Bench:
-    """Submit commands, run the scheduler's steps, look at the answers."""
+class Bench(InProcess):
+    """A base that is resident already."""
 
     def __init__(
         self, model: Any, base: BaseInfo, config: WorkerConfig, make_archive: MakeArchive
     ) -> None:
         self.model, self.base = model, base
-        self.engine = Engine(model, base, config)
-        self.archive = make_archive(base, self.engine.dtype)
-        self._answers: dict[int, Any] = {}
-        self._ended: list[Callable[[], None]] = []
-        self._work_ids = count(1)
-        self.scheduler = Scheduler(
-            self.engine, self.archive, config, lambda tokens: "", self._receive, self._background
-        )
-
-    def submit(self, command: Command) -> int:
-        work_id = next(self._work_ids)
-        self.scheduler.submit(Submit(work_id, command))
-        return work_id
-
-    def steps(self) -> Iterator[None]:
-        """Run until nothing is queued, step by step."""
-        while not self.scheduler.is_idle:
-            while self._ended:
-                self._ended.pop(0)()
-            self.scheduler.step()
-            yield
-
-    def is_done(self, work_id: int) -> bool:
-        return work_id in self._answers
-
-    def result(self, work_id: int) -> Any:
-        """What came of a command. Raises its error."""
-        answer = self._answers.pop(work_id)
-        if isinstance(answer, Failed):
-            raise answer.error
-        return answer.result
-
-    def do(self, command: Command) -> Any:
-        work_id = self.submit(command)
-        for _ in self.steps():
-            pass
-        return self.result(work_id)
+        engine = Engine(model, base, config)
+        self.archive = make_archive(base, engine.dtype)
+        super().__init__(engine, self.archive, config)
 
     def sample(
         self, prompt_T: IntArray, tokens_out: int, revision: Digest | None = None, **more: Any
@@ -114,19 +70,6 @@ class Bench:
             b_RO.normal_(0.0, ADAPTER_SPREAD, generator=generator)
         run.set_state(type(run.state).fresh(params_P))
         return run_id
-
-    def _receive(self, message: ToGateway) -> None:
-        if isinstance(message, Done | Failed):
-            self._answers[message.work_id] = message
-
-    def _background(
-        self, job: Callable[[], Any], then: Callable[[Any, Exception | None], None]
-    ) -> None:
-        try:
-            value, error = job(), None
-        except Exception as failure:  # the scheduler hears of it, as it does in a worker
-            value, error = None, failure
-        self._ended.append(lambda: then(value, error))
 
 
 def stored(folder: Path) -> MakeArchive:
@@ -173,12 +116,6 @@ def generator_on(device: torch.device, seed: int) -> torch.Generator:
 def prompts(count: int, length: int, vocab_size: int, seed: int) -> IntArray:
     """`count` rows of random tokens, none seen before: earlier ones may be cached."""
     return np.random.default_rng(seed).integers(3, vocab_size, (count, length))
-
-
-def next_tokens(row_N1: IntArray) -> Datum:
-    """Every token of the row predicts the next one, all with weight one."""
-    weights = np.ones(len(row_N1) - 1, dtype=np.float32)
-    return Datum(row_N1[:-1], {"target_tokens": row_N1[1:], "weights": weights})
 
 
 def synchronize(device: str) -> None:

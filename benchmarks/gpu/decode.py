@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.arms.steps import StepLog
-from benchmarks.gpu.bench import TENANT, Bench, make_bench, peak_gib, prompts, stored
+from benchmarks.gpu.bench import Bench, make_bench, peak_gib, prompts, stored
 from benchmarks.gpu.peaks import data_sheet, measured, share
 from benchmarks.gpu.scale import Scale
+from benchmarks.in_process import TENANT
 from openmint.models.loader import DTYPES
 from openmint.scheduler.work import SampleResult, SampleWork
 from openmint.types import Digest, IntArray, SamplingParams

@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.gpu.bench import (
-    TENANT,
     Bench,
     make_bench,
     peak_gib,
@@ -22,6 +21,7 @@ from benchmarks.gpu.bench import (
     synchronize,
 )
 from benchmarks.gpu.scale import Scale
+from benchmarks.in_process import TENANT
 from openmint.scheduler.work import (
     ExportRun,
     OptimWork,

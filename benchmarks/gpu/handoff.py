@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from benchmarks.gpu.base import named_tensors, save_folder
-from benchmarks.gpu.bench import TENANT, Bench, make_bench, peak_gib, prompts, seconds_of
+from benchmarks.gpu.bench import Bench, make_bench, peak_gib, prompts, seconds_of
 from benchmarks.gpu.scale import Scale
+from benchmarks.in_process import TENANT
 from openmint.engine.formats import AdapterArchive
 from openmint.layers.adapters import AdapterWeights
 from openmint.scheduler.work import ExportRun

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.base import linears, make_model
-from benchmarks.gpu.bench import DIGEST, MadeAdapters, make_bench, prompts, seconds_of
+from benchmarks.gpu.base import make_model
+from benchmarks.gpu.bench import MadeAdapters, make_bench, prompts, seconds_of
 from benchmarks.gpu.decode import generate
 from benchmarks.gpu.scale import Scale
+from benchmarks.in_process import DIGEST
 from openmint.config import WorkerConfig
 from openmint.kernels.choice import use_triton
 from openmint.layers.adapters import AdapterBatch, AdapterStack, GradientSink
@@ -91,7 +92,7 @@ def adapter_works(scale: Scale) -> dict[str, Callable[[], list[Tensor]]]:
     made = MadeAdapters(LoraSpec(scale.rank, train_unembed=False), base, DTYPES[scale.dtype])
     adapters = [made.load_revision(made.digest(1 + i)) for i in range(NUM_ADAPTERS)]
     works = {}
-    for linear in linears(model):
+    for linear in model.linears:
         num_out = linear.num_out
         x_TI, grad_TO = random_rows(scale, linear.num_in), random_rows(scale, num_out)
         name = " ".join(part.path.rsplit(".", 1)[-1] for part in linear.parts)

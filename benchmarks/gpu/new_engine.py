@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.gpu.bench import DIGEST, Bench, stored
+from benchmarks.gpu.bench import Bench, stored
 from benchmarks.gpu.handoff import prompt_logprobs, requests
 from benchmarks.gpu.scale import FULL, TINY
+from benchmarks.in_process import DIGEST
 from openmint.config import WorkerConfig
 from openmint.models.loader import load_model
 

@@ -9,12 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.gpu.base import linears
 from benchmarks.gpu.bench import (
-    TENANT,
     Bench,
     make_bench,
-    next_tokens,
     peak_gib,
     prompts,
     stored,
@@ -22,6 +19,7 @@ from benchmarks.gpu.bench import (
 )
 from benchmarks.gpu.peaks import data_sheet, measured, share
 from benchmarks.gpu.scale import Scale
+from benchmarks.in_process import TENANT, next_tokens
 from openmint.models.loader import DTYPES
 from openmint.scheduler.work import OptimWork, TrainWork
 from openmint.types import AdamParams, LoraSpec, LossSpec, RunId
@@ -114,7 +112,7 @@ def lap(
 
 def flops_per_token(bench: Bench, scale: Scale, num_adapter_params: int) -> float:
     shape, length = scale.shape, scale.training.length
-    base = sum(x.num_in * x.num_out for x in linears(bench.model))  # type: ignore[arg-type]
+    base = sum(x.num_in * x.num_out for x in bench.model.linears)
     base += shape["vocab_size"] * shape["hidden_size"]
     heads = shape["num_attention_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
     return 4.0 * base + 6.0 * num_adapter_params + 6.0 * length * heads

@@ -20,8 +20,6 @@ from openmint.kernels.team import share
 QKV, OUT, GATE_UP, DOWN = range(4)
 PHASES = 10
 """Phases of a layer."""
-
-
 QUERY_PIECES = 16
 """Pieces of work that attention is cut into: each costs two counters that threads pass around."""
 
@@ -78,7 +76,8 @@ class Tokens(NamedTuple):
 
 
 class Rooms(NamedTuple):
-    """What the phases leave for each other. `x_TD` comes in as embeddings and goes out normed."""
+    """What the phases leave for each other. `x_TD` comes in as embeddings; the final
+    hidden states go out in `normed_TD`."""
 
     x_TD: Any
     normed_TD: Any
@@ -108,7 +107,7 @@ def step(
         to_qkv, to_out, to_gate_up, to_down = _slots(adapters, layer)
 
         before = (room, stack.input_norm_LD[layer], stack.eps, to_qkv)
-        share(team, phase, few, _norm, before)
+        share(team, phase, few, _norm_and_shrink, before)
         product = (room.normed_TD, qkv, to_qkv, h_TR, room.qkv_TW, False)
         share(team, phase + 1, num_products(x_TD, qkv), multiply, product)
         share(team, phase + 2, few, _place, (room, tokens, stack, layer, cache))
@@ -118,13 +117,13 @@ def step(
         share(team, phase + 5, num_products(x_TD, out), multiply, product)
 
         before = (room, stack.mlp_norm_LD[layer], stack.eps, to_gate_up)
-        share(team, phase + 6, few, _norm, before)
+        share(team, phase + 6, few, _norm_and_shrink, before)
         product = (room.normed_TD, gate_up, to_gate_up, h_TR, room.gate_up_TF, False)
         share(team, phase + 7, num_products(x_TD, gate_up), multiply, product)
         share(team, phase + 8, few, _activate, (room, to_down))
         product = (room.active_TF, down, to_down, h_TR, x_TD, True)
         share(team, phase + 9, num_products(x_TD, down), multiply, product)
-    share(team, len(keys_LB) * PHASES, few, _final_norm, (room, stack.final_norm_D, stack.eps))
+    share(team, len(keys_LB) * PHASES, few, _norm, (room, stack.final_norm_D, stack.eps))
 
 
 @piece
@@ -167,18 +166,16 @@ def _span(i: Any, num_rows: Any) -> Any:
 
 
 @piece
-def _norm(i: Any, room: Any, weight_D: Any, eps: Any, slots: Any) -> None:
+def _norm(i: Any, room: Any, weight_D: Any, eps: Any) -> None:
     first, stop = _span(i, len(room.x_TD))
     normed_TD, scale_T = room.normed_TD[first:stop], room.scale_T[first:stop]
     norm._forward(room.x_TD[first:stop], weight_D, eps, normed_TD, scale_T)
-    shrink_few(i, room.normed_TD, slots, room.h_TR)
 
 
 @piece
-def _final_norm(i: Any, room: Any, weight_D: Any, eps: Any) -> None:
-    first, stop = _span(i, len(room.x_TD))
-    normed_TD, scale_T = room.normed_TD[first:stop], room.scale_T[first:stop]
-    norm._forward(room.x_TD[first:stop], weight_D, eps, normed_TD, scale_T)
+def _norm_and_shrink(i: Any, room: Any, weight_D: Any, eps: Any, slots: Any) -> None:
+    _norm(i, room, weight_D, eps)
+    shrink_few(i, room.normed_TD, slots, room.h_TR)
 
 
 @piece

@@ -67,10 +67,13 @@ class _Emitter:
         self.sums = ir.VectorType(ir.FloatType(), lanes)
         self._pairs = ir.VectorType(_bfloat(), 2 * lanes)
         self._words = ir.VectorType(ir.IntType(32), lanes)
-        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
-        module = builder.function.module
-        kind = ir.FunctionType(self.sums, [self.sums, self._pairs, self._pairs])
-        self._multiply = module.globals.get(name) or ir.Function(module, kind, name)
+
+    def call(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        """Call one of LLVM's own functions."""
+        module = self.builder.module
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = module.globals.get(name) or ir.Function(module, kind, name)
+        return self.builder.call(function, arguments)
 
     def at(self, address: Any, stride: Any, count: int) -> Any:
         stride = stride if isinstance(stride, ir.Value) else _int64(stride)
@@ -98,24 +101,30 @@ class _Emitter:
             loaded = builder.load(place)
             loaded.align = 1
             halves.append(builder.sitofp(builder.sext(loaded, self._words), self.sums))
-        name, module = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", builder.module
-        kind = ir.FunctionType(self._pairs, [self.sums, self.sums])
-        join = module.globals.get(name) or ir.Function(module, kind, name)
-        return builder.call(join, [halves[1], halves[0]])
+        high_first = [halves[1], halves[0]]
+        return self.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", self._pairs, high_first)
 
     def pair(self, address: Any) -> Any:
         """One pair of x, for every column."""
         word = self.builder.load(self.builder.inttoptr(address, ir.IntType(32).as_pointer()))
         word.align = 2
+        return self.builder.bitcast(self._everywhere(word), self._pairs)
+
+    def _everywhere(self, word: Any) -> Any:
+        """32 bits, for every column."""
         nothing = ir.Constant(self._words, ir.Undefined)
         first = self.builder.insert_element(nothing, word, _int32(0))
-        everywhere = ir.Constant(self._words, [0] * self._lanes)
-        return self.builder.bitcast(
-            self.builder.shuffle_vector(first, nothing, everywhere), self._pairs
-        )
+        return self.builder.shuffle_vector(first, nothing, ir.Constant(self._words, None))
 
     def add_product(self, total: Any, columns: Any, pair: Any) -> Any:
-        return self.builder.call(self._multiply, [total, columns, pair])
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self._lanes}"
+        return self.call(name, self.sums, [total, columns, pair])
+
+    def add_products(self, totals: list[Any], columns: list[Any], pairs: list[Any]) -> list[Any]:
+        """One more pair for the sums of all rows, whose columns stand one after another."""
+        factors = [(column, pair) for pair in pairs for column in columns]
+        added = zip(totals, factors, strict=True)
+        return [self.add_product(total, column, pair) for total, (column, pair) in added]
 
     def floats(self, address: Any) -> Any:
         """16 bfloat16 values as float32."""
@@ -132,17 +141,10 @@ class _Emitter:
         value = self.builder.load(place)
         value.align = 2
         bits = self.builder.shl(self.builder.zext(value, ir.IntType(32)), _int32(16))
-        nothing = ir.Constant(self._words, ir.Undefined)
-        first = self.builder.insert_element(nothing, bits, _int32(0))
-        everywhere = ir.Constant(self._words, [0] * self._lanes)
-        spread = self.builder.shuffle_vector(first, nothing, everywhere)
-        return self.builder.bitcast(spread, self.sums)
+        return self.builder.bitcast(self._everywhere(bits), self.sums)
 
     def add_multiple(self, total: Any, factor: Any, value: Any) -> Any:
-        name, module = f"llvm.fma.v{self._lanes}f32", self.builder.module
-        kind = ir.FunctionType(self.sums, [self.sums] * 3)
-        fma = module.globals.get(name) or ir.Function(module, kind, name)
-        return self.builder.call(fma, [factor, value, total])
+        return self.call(f"llvm.fma.v{self._lanes}f32", self.sums, [factor, value, total])
 
     def loop(self, count: Any, starts: list[Any], body: Any) -> list[Any]:
         """`body(index, totals)` gives the next totals, `count >= 1` times."""
@@ -164,12 +166,9 @@ class _Emitter:
 
     def fetch(self, address: Any) -> None:
         """Have a cache line brought near; any address will do."""
-        name, byte = "llvm.prefetch.p0", ir.IntType(8).as_pointer()
-        module = self.builder.module
-        kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
-        fetch = module.globals.get(name) or ir.Function(module, kind, name)
         how = [_int32(value) for value in (0, 2, 1)]  # to read, into L2, data
-        self.builder.call(fetch, [self.builder.inttoptr(address, byte), *how])
+        place = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        self.call("llvm.prefetch.p0", ir.VoidType(), [place, *how])
 
     def zero(self) -> Any:
         return ir.Constant(self.sums, [0.0] * self._lanes)
@@ -209,13 +208,8 @@ def _tile(rows: int, vectors: int, adds: bool, of_bytes: bool = False) -> Any:
                 columns = [read(emit.at(here, size, v)) for v in range(vectors)]
                 if vectors == 4 and not adds:
                     emit.fetch(emit.at(ahead, index, 64))
-                news = []
-                for row in range(rows):
-                    pair = emit.pair(emit.at(xs[row], index, 4))
-                    own = totals[row * vectors : (row + 1) * vectors]
-                    pairs = zip(own, columns, strict=True)
-                    news += [emit.add_product(total, column, pair) for total, column in pairs]
-                return news
+                pairs = [emit.pair(emit.at(each, index, 4)) for each in xs]
+                return emit.add_products(totals, columns, pairs)
 
             starts = [emit.load_sums(place) if adds else emit.zero() for place in places]
             for total, place in zip(emit.loop(pairs, starts, body), places, strict=True):
@@ -289,12 +283,8 @@ def _quad(rows: int) -> Any:
             def body(index: Any, totals: list[Any]) -> list[Any]:
                 skipped = builder.mul(w_stride, index)
                 columns = [emit.columns(builder.add(w, skipped)) for w in ws]
-                news = []
-                for row in range(rows):
-                    pair = emit.pair(emit.at(xs[row], index, 4))
-                    own = zip(totals[row * 4 : row * 4 + 4], columns, strict=True)
-                    news += [emit.add_product(total, column, pair) for total, column in own]
-                return news
+                pairs = [emit.pair(emit.at(each, index, 4)) for each in xs]
+                return emit.add_products(totals, columns, pairs)
 
             totals = emit.loop(pairs, [emit.zero()] * (4 * rows), body)
             for place, total in enumerate(totals):

@@ -21,6 +21,8 @@ from openmint.kernels.tile import IS_AVAILABLE, OUTER, STRIP
 from openmint.layers.adapters import AdapterBatch, Direction, GradientSink, LoraDelta
 from openmint.types import TargetGroup, TargetModule
 
+_InMemory = tuple[tiled.Weights, Tensor]
+"""A weight as kernels see it, and the memory that it points to."""
 PartWeights = tuple[str, Tensor, Tensor | None]
 """`(path, weight_OI, bias_O)` of one target module of a checkpoint."""
 
@@ -136,10 +138,11 @@ class TiledLinear(LoraLinear):
         super().__init__(group, parts)
         weights = [weight for _, weight, _ in parts]
         biases = [bias for _, _, bias in parts if bias is not None]
-        bias_O = torch.cat(biases).float().numpy() if biases else np.empty(0, np.float32)
-        self._forth, self._forth_memory = _weights(weights, bias_O)
+        nothing = np.empty(0, np.float32)
+        bias_O = torch.cat(biases).float().numpy() if biases else nothing
+        self._forth, self._forth_memory = _weights(weights, bias_O, nothing)
         back = torch.cat(weights).t().contiguous()
-        self._back, self._back_memory = _weights([back], np.empty(0, np.float32))
+        self._back, self._back_memory = _weights([back], nothing, nothing)
         self.serving, self._serving_memory = self._forth, self._forth_memory
         if serves_int8:
             self.serving, self._serving_memory = _int8_weights(weights, bias_O)
@@ -225,18 +228,16 @@ def lora_linear(
     return TorchLinear(group, parts)
 
 
-def _weights(weights: Sequence[Tensor], bias_O: Any) -> tuple[tiled.Weights, Tensor]:
+def _weights(weights: Sequence[Tensor], bias_O: Any, scale_O: Any) -> _InMemory:
     memory, panels_P3 = tiled.pack(weights)
-    num_in, no_scale_O = weights[0].shape[1], np.empty(0, np.float32)
-    return tiled.Weights(memory.data_ptr(), panels_P3, bias_O, no_scale_O, num_in), memory
-
-
-def _int8_weights(weights: Sequence[Tensor], bias_O: Any) -> tuple[tiled.Weights, Tensor]:
-    both = [tiled.to_int8(weight_OI) for weight_OI in weights]
-    memory, panels_P3 = tiled.pack([rounded_OI for rounded_OI, _ in both])
-    scale_O = torch.cat([scale_O for _, scale_O in both]).numpy()
     num_in = weights[0].shape[1]
     return tiled.Weights(memory.data_ptr(), panels_P3, bias_O, scale_O, num_in), memory
+
+
+def _int8_weights(weights: Sequence[Tensor], bias_O: Any) -> _InMemory:
+    both = [tiled.to_int8(weight_OI) for weight_OI in weights]
+    scale_O = torch.cat([scale_O for _, scale_O in both]).numpy()
+    return _weights([rounded_OI for rounded_OI, _ in both], bias_O, scale_O)
 
 
 class _TrainedLinear(torch.autograd.Function):

@@ -105,9 +105,13 @@ class DenseModel:
         self._tiled = TiledDense(self) if TiledDense.suits(self) else None
 
     @property
+    def linears(self) -> list[LoraLinear]:
+        """Every linear layer but the head, in order."""
+        return [x for y in self.layers for x in (y.qkv, y.out, y.gate_up, y.down)]
+
+    @property
     def targets(self) -> tuple[TargetModule, ...]:
-        linears = [x for y in self.layers for x in (y.qkv, y.out, y.gate_up, y.down)]
-        return tuple(target for linear in (*linears, self.head) for target in linear.targets)
+        return tuple(target for linear in (*self.linears, self.head) for target in linear.targets)
 
     @property
     def is_tiled(self) -> bool:

@@ -32,7 +32,7 @@ class TiledDense:
 
     def __init__(self, model: DenseModel) -> None:
         layers = model.layers
-        self._linears = [x for y in layers for x in (y.qkv, y.out, y.gate_up, y.down)]
+        self._linears = model.linears
         self._rotary = model.rotary
         self._num_heads, self._head_dim = layers[0].num_heads, layers[0].head_dim
         num_q, num_kv = self._num_heads
@@ -55,8 +55,8 @@ class TiledDense:
     @staticmethod
     def suits(model: DenseModel) -> bool:
         """Whether all parts of the model can be computed in tiles."""
-        linears = [x for y in model.layers for x in (y.qkv, y.out, y.gate_up, y.down)]
-        are_tiled = all(isinstance(linear, TiledLinear) for linear in (*linears, model.head))
+        linears = (*model.linears, model.head)
+        are_tiled = all(isinstance(linear, TiledLinear) for linear in linears)
         return are_tiled and model.cache_shape.head_dim % 16 == 0
 
     def forward(
