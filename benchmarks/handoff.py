@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import tinker
 from tinker import types
 
 from benchmarks.arms.protocol import versions
+from benchmarks.family import Family
 from benchmarks.house import Line, Report, Spread, table, verdict
 from benchmarks.processes import BASES, Stage
-from tests.servers import TestServer, running_server
+from tests.servers import running_server
 
 NUM_POLICIES = 8
 MOST_EXTRA_SECONDS, MOST_GIB = 0.020, 3e9 / 2**30
@@ -70,12 +70,6 @@ def one_handoff(run: tinker.TrainingClient, seed: int) -> dict[str, float]:
     return figures
 
 
-def memory_gib(server: TestServer) -> float:
-    family = [psutil.Process(), psutil.Process(server.process.pid)]
-    family += family[1].children(recursive=True)
-    return float(sum(process.memory_info().rss for process in family)) / 2**30
-
-
 def ask(stage: Stage, repeats: int) -> Report:
     """`stage` is not needed: the service brings its own processes."""
     with (
@@ -89,7 +83,7 @@ def ask(stage: Stage, repeats: int) -> Report:
         ]
         found = [one_handoff(runs[0], 10 * i) for i in range(repeats + 1)][1:]
         train_together(runs)
-        return report(found, memory_gib(server))
+        return report(found, Family(server.process.pid).resident_bytes() / 2**30)
 
 
 def train_together(runs: Sequence[tinker.TrainingClient]) -> None:
