@@ -1,8 +1,8 @@
 """Causal attention of single queries over blocks of keys and values, on AVX512-BF16.
 
-S sequences, L padded length, T tokens, H query heads, G key heads, I query heads of one key head, D
-head size, B blocks, N keys. A block holds 16 tokens, laid out for tiles: keys `[D / 2, 16, 2]`,
-values `[8, D, 2]`. Trainer and sampler call the same function row by row: they agree to the bit.
+G key heads, I query heads of one key head, D head size, B blocks, N keys. A block holds 16 tokens,
+laid out for tiles: keys `[D / 2, 16, 2]`, values `[8, D, 2]`. `causal.py` gives whole sequences the
+same sums, to the bit.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from openmint.kernels.jit import F32, address, as_array, exp, kernel, largest, load, piece, rounded
+from openmint.kernels.jit import F32, address, exp, largest, load, piece, rounded
 from openmint.kernels.paged import LARGEST
 from openmint.kernels.tile import PANEL, add_slim_tile, add_tile, quad, slim_tile
-from openmint.types import IntArray
 
 BLOCK = 16
 """Tokens of a block."""
@@ -56,7 +53,9 @@ def _finite(from_D: Any, to_D: Any) -> None:
 
 
 @piece
-def _soften(scores_N: Any, probs_N: Any, scale: Any) -> None:
+def soften(scores_N: Any, probs_N: Any, scale: Any) -> Any:
+    """Probabilities of scores, which it uses up; the largest score, and what the powers were
+    multiplied with."""
     top, total = largest(scores_N), F32(0.0)
     for n in range(len(scores_N)):
         scores_N[n] = exp((scores_N[n] - top) * scale)
@@ -65,6 +64,7 @@ def _soften(scores_N: Any, probs_N: Any, scale: Any) -> None:
     share = F32(1.0) / total
     for n in range(len(scores_N)):
         probs_N[n] = rounded(scores_N[n] * share, probs_N)
+    return top, share
 
 
 @piece
@@ -109,7 +109,7 @@ def attend(
             probs_N[n] = 0
         for n in range(stop, stop_block * BLOCK):
             probs_N[n] = 0
-        _soften(scores_IN[i, first:stop], probs_N[first:stop], scale)
+        soften(scores_IN[i, first:stop], probs_N[first:stop], scale)
     out_ID[:] = F32(0.0)
     probs, row = address(probs_IN), 2 * probs_IN.shape[1]
     for i in range(0, len(q_ID), MOST_QUERIES):
@@ -121,12 +121,12 @@ def attend(
                 end += 1
             here = values + blocks_B[b] * block + g * head
             depth = (end - b) * BLOCK // 2
-            _add_values(rows, probs + i * row + 2 * BLOCK * b, row, here, depth, width, out)
+            add_values(rows, probs + i * row + 2 * BLOCK * b, row, here, depth, width, out)
             b = end
 
 
 @piece
-def _add_values(
+def add_values(
     rows: Any, probs: Any, stride: Any, values: Any, depth: Any, width: Any, out: Any
 ) -> None:
     """`out += probs @ values` of `depth` pairs of keys."""
@@ -139,56 +139,3 @@ def _add_values(
         else:
             add_slim_tile(rows, probs, stride, here, 4 * width, depth, there, 4 * width, here)
             column += BLOCK
-
-
-@kernel
-def _forward(
-    q_SLHD: Any,
-    k_SLGD: Any,
-    v_SLGD: Any,
-    at_SL: Any,
-    window: Any,
-    keys_B: Any,
-    values_B: Any,
-    out_SLHD: Any,
-    probs_SGQN: Any,
-) -> None:
-    """Head by head of each sequence, in room for one, where its blocks stand end to end."""
-    num_seqs, length, num_groups, width = k_SLGD.shape
-    shared, num_keys = q_SLHD.shape[2] // num_groups, len(keys_B) * BLOCK
-    scores_IN = np.empty((shared, num_keys), np.float32)
-    probs_IN = np.empty((shared, num_keys), np.uint16)
-    out_ID, blocks_B = np.empty((shared, width), np.float32), np.arange(len(keys_B))
-    for s in range(num_seqs):
-        for g in range(num_groups):
-            for t in range(length):
-                place(k_SLGD[s, t, g : g + 1], v_SLGD[s, t, g : g + 1], t, keys_B, values_B)
-            for t in range(length):
-                at, q_ID = at_SL[s, t], q_SLHD[s, t, g * shared : (g + 1) * shared]
-                attend(q_ID, at, window, keys_B, values_B, blocks_B, 0, scores_IN, probs_IN, out_ID)
-                first = max(0, at - window + 1)
-                for i in range(shared):
-                    out_D, sums_D = out_SLHD[s, t, g * shared + i], out_ID[i]
-                    for d in range(width):
-                        out_D[d] = rounded(sums_D[d], out_D)
-                    kept_N, probs_N = probs_SGQN[s, g, i * length + t], probs_IN[i]
-                    kept_N[:first] = 0
-                    for n in range(first, at + 1):
-                        kept_N[n] = probs_N[n]
-                    kept_N[at + 1 :] = 0
-
-
-def forward(
-    q_SLHD: Tensor, k_SLGD: Tensor, v_SLGD: Tensor, at_SL: IntArray, window: int
-) -> tuple[Tensor, Tensor]:
-    """Attention output `[S, L, H, D]` and the probabilities `[S, G, I * L, L]`."""
-    num_seqs, length, num_heads, width = q_SLHD.shape
-    num_groups = k_SLGD.shape[2]
-    out_SLHD = torch.empty_like(q_SLHD, memory_format=torch.contiguous_format)
-    num_queries = num_heads // num_groups * length
-    probs_SGQN = q_SLHD.new_empty(num_seqs, num_groups, num_queries, length)
-    shapes = block_shapes(1, width)
-    room = [np.zeros((-(-length // BLOCK), *shape), np.uint16) for shape in shapes]
-    inputs = [as_array(x.contiguous()) for x in (q_SLHD, k_SLGD, v_SLGD)]
-    _forward(*inputs, at_SL, window, *room, as_array(out_SLHD), as_array(probs_SGQN))
-    return out_SLHD, probs_SGQN

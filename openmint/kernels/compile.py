@@ -12,7 +12,9 @@ import torch
 
 from openmint.kernels import (
     attend,
+    dense,
     dense_step,
+    dense_train,
     linear,
     logprobs,
     norm,
@@ -55,39 +57,50 @@ def _compile_tiles() -> None:
     y_TO, _ = linear.forward(x_TI, 48, weights, linear.NO_ADAPTERS, 0)
     linear.backward(x_TI, np.array([16]), 48, weights, linear.NO_ADAPTERS, 0)
     h_TR = torch.ones(1, 8, dtype=torch.bfloat16)
-    linear.add_outer(torch.zeros(8, 32), h_TR, 0, y_TO, 0, slice(0, 1))
-    heads_SLHD = y_TO.view(1, 1, 3, 16)
-    q_SLHD, k_SLGD, v_SLGD = (heads_SLHD[:, :, i : i + 1] for i in range(3))
-    attend.forward(q_SLHD, k_SLGD, v_SLGD, np.zeros((1, 1), np.int64), 1)
-    _compile_step(memory, panels_P3)
+    h_TR = torch.ones(1, 8, dtype=torch.bfloat16)
+    linear.add_outer_(torch.zeros(8, 32), h_TR, 0, y_TO, 0, slice(0, 1))
+    _compile_steps(memory, panels_P3)
 
 
-def _compile_step(memory: torch.Tensor, panels_P3: Any) -> None:
-    """One token through a layer of width 16; its numbers are nobody's."""
+def _compile_steps(memory: torch.Tensor, panels_P3: Any) -> None:
+    """No token through a layer of width 16."""
 
     def room(*shape: int) -> Any:
         return np.zeros(shape, np.uint16)
 
-    nothing_LO = np.empty((1, 0), np.float32)
-    address_L = np.array([memory.data_ptr()])
-    each = dense_step.Linear(address_L, panels_P3, nothing_LO, nothing_LO, 16)
-    narrow = dense_step.Linear(address_L, panels_P3[:0], nothing_LO, nothing_LO, 16)
-    norms_LD, heads_LD = room(1, 16), room(0, 1)
-    stack = dense_step.Stack(
-        *(each, narrow, narrow, narrow, norms_LD, norms_LD, heads_LD, heads_LD, room(16)),
-        *(np.float32(1e-5), 1, 1, 1),
-    )
-    key_shape, value_shape = attend.block_shapes(1, 16)
-    one_T = np.zeros(1, np.int64)
-    tokens = dense_step.Tokens(one_T, one_T, one_T[None], room(1, 16), room(1, 16))
-    adapters = dense_step.Adapters(0, 0, 0, 0, 0, 0)
-    attended_TW, scale_T = room(1, 16), np.zeros(1, np.float32)
+    def singles(*shape: int) -> Any:
+        return np.zeros(shape, np.float32)
+
+    nothing_LO, no_T = singles(1, 0), np.zeros(0, np.int64)
+    each = dense.Linear(np.array([memory.data_ptr()]), panels_P3, nothing_LO, nothing_LO, 16)
+    linears = dense.Linears(each, each, each, each)
+    norms_LD, heads_LD, rows_TD = room(1, 16), room(0, 1), room(0, 16)
+    norms = (norms_LD, norms_LD, heads_LD, heads_LD, room(16))
+    stack = dense.Stack(*norms, np.float32(1e-5), 1, 1, 1)
+    adapters = dense.Adapters(0, 0, 0, 0, 0, 0)
+
+    tokens = dense_step.Tokens(no_T, no_T, no_T[None], rows_TD, rows_TD)
     rooms = dense_step.Rooms(
-        *(room(1, 16), room(1, 16), scale_T, room(1, 48), room(1, 2, 16)),
-        *(attended_TW.reshape(1, 1, 16), attended_TW, room(1, 32), room(1, 16), room(1, 0)),
+        *(rows_TD, rows_TD, singles(0), room(0, 48), room(0, 2, 16), room(0, 1, 16), rows_TD),
+        *(room(0, 32), rows_TD, room(0, 0)),
     )
-    caches = room(1, 1, *key_shape), room(1, 1, *value_shape)
-    dense_step.step(team(dense_step.PHASES + 1), stack, *caches, tokens, adapters, rooms)
+    caches = (room(1, 1, *shape) for shape in attend.block_shapes(1, 16))
+    dense_step.step(team(dense_step.PHASES + 1), linears, stack, *caches, tokens, adapters, rooms)
+
+    whole = dense_train.Tokens(np.zeros(1, np.int64), rows_TD, rows_TD)
+    layer_TD, heads_TW = room(2, 0, 16), room(1, 0, 48)
+    tape = dense_train.Tape(
+        *(layer_TD, layer_TD, layer_TD, singles(3, 0), heads_TW, heads_TW, layer_TD),
+        *(singles(1, 1, 0), singles(1, 1, 0), room(1, 0, 32), room(4, 0, 0)),
+    )
+    back = dense_train.Room(
+        *(rows_TD, rows_TD, room(0, 32), rows_TD, rows_TD),
+        *(room(0, 48), room(0, 48), room(0, 48), room(0, 0)),
+    )
+    dense_train.forward(linears, stack, adapters, whole, tape, back, rows_TD)
+    none_MS = np.zeros((0, 0), np.int64)
+    sink = dense_train.Sink(none_MS, none_MS, no_T, none_MS, np.zeros((4, 3), np.int64))
+    dense_train.backward(linears, stack, adapters, sink, whole, tape, back, rows_TD, rows_TD)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A sampling step of a dense model on AVX512-BF16: the whole stack in one kernel for a team.
 
-The same sums, in the same order, as `layers` give layer by layer under autograd; tests hold the two
+The same sums, in the same order, as the training step (`dense_train.py`); tests hold the two
 together to the bit. T tokens, D hidden size, W values of all heads, F feed-forward size, L layers,
-N linear layers (four of each layer, in order), B blocks, S sequences.
+B blocks, S sequences.
 """
 
 from __future__ import annotations
@@ -13,55 +13,15 @@ import numpy as np
 
 from openmint.kernels import norm, rotary, swiglu
 from openmint.kernels.attend import BLOCK, attend, place
+from openmint.kernels.dense import norm_heads, slots_of, weights_of
 from openmint.kernels.jit import F32, kernel, piece, rounded
-from openmint.kernels.linear import FEW, Slots, Weights, multiply, num_products, shrink_few
+from openmint.kernels.linear import FEW, multiply, num_products, shrink_few
 from openmint.kernels.team import share
 
-QKV, OUT, GATE_UP, DOWN = range(4)
 PHASES = 10
 """Phases of a layer."""
 QUERY_PIECES = 16
 """Pieces of work that attention is cut into: each costs two counters that threads pass around."""
-
-
-class Linear(NamedTuple):
-    """One linear layer of all layers."""
-
-    address_L: Any
-    panels_P3: Any
-    bias_LO: Any
-    scale_LO: Any
-    num_in: int
-
-
-class Stack(NamedTuple):
-    """The frozen parts of a dense model."""
-
-    qkv: Linear
-    out: Linear
-    gate_up: Linear
-    down: Linear
-    input_norm_LD: Any
-    mlp_norm_LD: Any
-    q_norm_LD: Any
-    """Empty where the model doesn't normalise queries and keys."""
-    k_norm_LD: Any
-    final_norm_D: Any
-    eps: Any
-    num_q: int
-    num_kv: int
-    window: int
-
-
-class Adapters(NamedTuple):
-    """The adapters of a batch for every linear layer: as `linear.Slots`, with a leading N."""
-
-    slot_T: int
-    shrink_NS: int
-    expand_NS: int
-    rank_S: int
-    scale_S: int
-    num_slots: int
 
 
 class Tokens(NamedTuple):
@@ -94,7 +54,14 @@ class Rooms(NamedTuple):
 
 @kernel
 def step(
-    team: Any, stack: Any, keys_LB: Any, values_LB: Any, tokens: Any, adapters: Any, room: Any
+    team: Any,
+    linears: Any,
+    stack: Any,
+    keys_LB: Any,
+    values_LB: Any,
+    tokens: Any,
+    adapters: Any,
+    room: Any,
 ) -> None:
     """What each thread of the team runs."""
     x_TD, h_TR, few = room.x_TD, room.h_TR, (len(room.x_TD) + FEW - 1) // FEW
@@ -103,8 +70,8 @@ def step(
     query_pieces = (queries + each - 1) // each
     for layer in range(len(keys_LB)):
         phase, cache = layer * PHASES, (keys_LB[layer], values_LB[layer])
-        qkv, out, gate_up, down = _weights(stack, layer)
-        to_qkv, to_out, to_gate_up, to_down = _slots(adapters, layer)
+        qkv, out, gate_up, down = weights_of(linears, layer)
+        to_qkv, to_out, to_gate_up, to_down = slots_of(adapters, layer)
 
         before = (room, stack.input_norm_LD[layer], stack.eps, to_qkv)
         share(team, phase, few, _norm_and_shrink, before)
@@ -124,40 +91,6 @@ def step(
         product = (room.active_TF, down, to_down, h_TR, x_TD, True)
         share(team, phase + 9, num_products(x_TD, down), multiply, product)
     share(team, len(keys_LB) * PHASES, few, _norm, (room, stack.final_norm_D, stack.eps))
-
-
-@piece
-def _weights(stack: Any, layer: Any) -> Any:
-    return (
-        _weight(stack.qkv, layer),
-        _weight(stack.out, layer),
-        _weight(stack.gate_up, layer),
-        _weight(stack.down, layer),
-    )
-
-
-@piece
-def _weight(linear: Any, layer: Any) -> Any:
-    bias_O, scale_O = linear.bias_LO[layer], linear.scale_LO[layer]
-    return Weights(linear.address_L[layer], linear.panels_P3, bias_O, scale_O, linear.num_in)
-
-
-@piece
-def _slots(adapters: Any, layer: Any) -> Any:
-    return (
-        _of(adapters, 4 * layer + QKV, 3),
-        _of(adapters, 4 * layer + OUT, 1),
-        _of(adapters, 4 * layer + GATE_UP, 2),
-        _of(adapters, 4 * layer + DOWN, 1),
-    )
-
-
-@piece
-def _of(adapters: Any, n: Any, num_parts: Any) -> Any:
-    a, skipped = adapters, 8 * n * adapters.num_slots
-    return Slots(
-        a.slot_T, a.shrink_NS + skipped, a.expand_NS + skipped, a.rank_S, a.scale_S, num_parts
-    )
 
 
 @piece
@@ -185,7 +118,7 @@ def _place(i: Any, room: Any, tokens: Any, stack: Any, layer: Any, cache: Any) -
     num_q, num_kv, width = stack.num_q, stack.num_kv, tokens.cos_TD.shape[1]
     qkv_TW, turned_THD = room.qkv_TW[first:stop], room.turned_THD[first:stop]
     if len(stack.q_norm_LD):
-        _norm_heads(qkv_TW, stack, layer, width)
+        norm_heads(qkv_TW, qkv_TW, stack, layer, width)
     angles = tokens.cos_TD[first:stop], tokens.sin_TD[first:stop]
     turned_TW = turned_THD.reshape(stop - first, (num_q + num_kv) * width)
     rotary._rotate(qkv_TW, angles[0], angles[1], F32(1.0), turned_TW, num_q + num_kv)
@@ -195,17 +128,6 @@ def _place(i: Any, room: Any, tokens: Any, stack: Any, layer: Any, cache: Any) -
         block = tokens.blocks_SB[tokens.sequence_T[first + t], at // BLOCK]
         v_GD = qkv_TW[t, (num_q + num_kv) * width :].reshape(num_kv, width)
         place(turned_THD[t, num_q:], v_GD, block * BLOCK + at % BLOCK, keys_B, values_B)
-
-
-@piece
-def _norm_heads(qkv_TW: Any, stack: Any, layer: Any, width: Any) -> None:
-    num_q, num_kv = stack.num_q, stack.num_kv
-    scale_H = np.empty(num_q, np.float32)
-    for t in range(len(qkv_TW)):
-        q_HD = qkv_TW[t, : num_q * width].reshape(num_q, width)
-        k_GD = qkv_TW[t, num_q * width : (num_q + num_kv) * width].reshape(num_kv, width)
-        norm._forward(q_HD, stack.q_norm_LD[layer], stack.eps, q_HD, scale_H)
-        norm._forward(k_GD, stack.k_norm_LD[layer], stack.eps, k_GD, scale_H)
 
 
 @piece

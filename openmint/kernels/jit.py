@@ -109,6 +109,19 @@ def float_at(typing_context: Any, address: Any, index: Any) -> Any:
     return types.float32(types.int64, types.int64), generate
 
 
+@intrinsic
+def add_float(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+    """Add to an element of float32 memory."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start = builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+        place = builder.gep(start, [arguments[1]])
+        builder.store(builder.fadd(builder.load(place), arguments[2]), place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
 def load(value):
     """float32 of an array's element; for kernels only."""
     raise NotImplementedError

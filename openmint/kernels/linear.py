@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from openmint.kernels.jit import (
+    F32,
+    add_float,
     address,
     as_array,
     float_at,
@@ -277,39 +279,121 @@ def _forward(team: Any, x_TI: Any, weights: Any, slots: Any, y_TO: Any, h_TR: An
     share(team, 1, pieces, multiply, (x_TI, weights, slots, h_TR, y_TO, False))
 
 
-@kernel
-def _backward(
-    grad_TO: Any, ends_N: Any, weights: Any, slots: Any, grad_x_TI: Any, grad_h_TR: Any
-) -> None:
-    """`ends_N` are the columns of y where its parts end."""
+@piece
+def product(x_TI: Any, weights: Any, slots: Any, h_TR: Any, y_TO: Any, adds: Any) -> None:
+    """The whole of one thread's `y = x @ W + (scale * x @ A) @ B`, or `y +=`, if `adds`."""
+    x, num_tokens, num_in = address(x_TI), x_TI.shape[0], x_TI.shape[1]
+    if slots.slot_T != 0:
+        shrink(x, 2 * num_in, num_in // 2, 0, num_tokens, slots, h_TR, -1, 0)
+    for p in range(len(weights.panels_P3)):
+        part = weights.panels_P3[p, PART]
+        panel(x, 2 * num_in, 0, num_tokens, weights, p, part, slots, h_TR, y_TO, adds)
+
+
+@piece
+def shrink_back(grad_TO: Any, ends_N: Any, slots: Any, grad_h_TR: Any) -> None:
+    """The adapters' part of `product_back`: `grad_h = scale * dL/dy @ B.T`, part by part."""
     x, x_stride, start = address(grad_TO), 2 * grad_TO.shape[1], 0
     if slots.slot_T != 0:
         for n in range(len(ends_N)):
             own, pairs = x + 2 * start, (ends_N[n] - start) // 2
             shrink(own, x_stride, pairs, 0, len(grad_TO), slots, grad_h_TR, n, start)
             start = ends_N[n]
+
+
+@piece
+def product_back(
+    grad_TO: Any, ends_N: Any, weights: Any, slots: Any, grad_h_TR: Any, grad_x_TI: Any
+) -> None:
+    """dL/dx of `product`. `ends_N` are the columns of y where its parts end."""
+    shrink_back(grad_TO, ends_N, slots, grad_h_TR)
+    x, x_stride = address(grad_TO), 2 * grad_TO.shape[1]
     for p in range(len(weights.panels_P3)):
         panel(x, x_stride, 0, len(grad_TO), weights, p, -1, slots, grad_h_TR, grad_x_TI, False)
+
+
+@kernel
+def _backward(
+    grad_TO: Any, ends_N: Any, weights: Any, slots: Any, grad_h_TR: Any, grad_x_TI: Any
+) -> None:
+    product_back(grad_TO, ends_N, weights, slots, grad_h_TR, grad_x_TI)
+
+
+@piece
+def add_outer(
+    h_TR: Any,
+    row: Any,
+    rank: Any,
+    x_TI: Any,
+    column: Any,
+    width: Any,
+    first: Any,
+    stop: Any,
+    out: Any,
+) -> None:
+    """`out += h.T @ x` in float32 over the tokens `first..stop`, of `rank` columns of h from `row`
+    on, padded to whole strips, and `width` columns of x. `out` is the address of `[rank, width]`.
+    """
+    pairs = (stop - first + 1) // 2
+    pairs_P8, sums_8N = np.empty((pairs, STRIP), np.uint32), np.empty((STRIP, OUTER), np.float32)
+    x_stride, whole = 2 * x_TI.shape[1], width - width % OUTER
+    x, h, sums = address(x_TI) + first * x_stride + 2 * column, address(pairs_P8), address(sums_8N)
+    for r in range(0, rank, STRIP):
+        _pair(h_TR, row + r, first, stop, pairs_P8)
+        here = out + 4 * width * r
+        for i in range(0, whole, OUTER):
+            if rank - r >= STRIP:
+                _outer(h, x + 2 * i, x_stride, stop - first, here + 4 * i, 4 * width)
+            else:
+                sums_8N[:] = F32(0.0)
+                _outer(h, x + 2 * i, x_stride, stop - first, sums, 4 * OUTER)
+                for j in range(rank - r):
+                    for n in range(OUTER):
+                        add_float(here, j * width + i + n, sums_8N[j, n])
+        for j in range(min(STRIP, rank - r)):
+            for i in range(whole, width):
+                total = F32(0.0)
+                for t in range(first, stop):
+                    total += load(h_TR[t, row + r + j]) * load(x_TI[t, column + i])
+                add_float(here, j * width + i, total)
+
+
+@inlined
+def _outer(h: Any, x: Any, x_stride: Any, tokens: Any, out: Any, stride: Any) -> None:
+    """A last token without a partner is its own: its partner in h is zero."""
+    if tokens >= 2:
+        outer(h, 4 * STRIP, x, x_stride, tokens // 2, out, stride)
+    if tokens % 2 == 1:
+        last = tokens - 1
+        outer(h + last * 2 * STRIP, 4 * STRIP, x + last * x_stride, 0, 1, out, stride)
+
+
+@piece
+def _pair(h_TR: Any, row: Any, first: Any, stop: Any, pairs_P8: Any) -> None:
+    """A strip of h with its tokens in pairs."""
+    for p in range(len(pairs_P8)):
+        t, to_8 = first + 2 * p, pairs_P8[p]
+        for r in range(STRIP):
+            to_8[r] = np.uint32(h_TR[t, row + r])
+        if t + 1 < stop:
+            for r in range(STRIP):
+                to_8[r] |= np.uint32(h_TR[t + 1, row + r]) << np.uint32(16)
 
 
 @kernel
 def _add_outer(
     h_TR: Any, row: Any, x_TI: Any, column: Any, first: Any, stop: Any, grad_RI: Any
 ) -> None:
-    h_stride, x_stride, stride = 2 * h_TR.shape[1], 2 * x_TI.shape[1], 4 * grad_RI.shape[1]
-    h = address(h_TR) + first * h_stride + 2 * row
-    x = address(x_TI) + first * x_stride + 2 * column
-    for r in range(0, grad_RI.shape[0], STRIP):
-        for i in range(0, grad_RI.shape[1], OUTER):
-            out = address(grad_RI) + r * stride + 4 * i
-            outer(h + 2 * r, h_stride, x + 2 * i, x_stride, stop - first, out, stride)
+    rank, width = grad_RI.shape
+    add_outer(h_TR, row, rank, x_TI, column, width, first, stop, address(grad_RI))
 
 
-def add_outer(
+def add_outer_(
     grad_RI: Tensor, h_TR: Tensor, row: int, x_TI: Tensor, column: int, tokens: slice
 ) -> None:
     """`grad_RI += h.T @ x` in float32 over some tokens, of the rows and columns that begin where
-    said. R must be a multiple of 8, I one of 32."""
+    said; rows are padded to whole strips in h."""
+    assert grad_RI.dtype == torch.float32
     arrays = as_array(h_TR), row, as_array(x_TI), column
     _add_outer(*arrays, tokens.start, tokens.stop, as_array(grad_RI))
 
@@ -337,7 +421,7 @@ def backward(
     the strips of each part's B, `expand_S` the panels of A."""
     grad_x_TI = grad_TO.new_empty(len(grad_TO), num_in)
     grad_h_TR = grad_TO.new_zeros(len(grad_TO), num_rows)
-    _backward(as_array(grad_TO), ends_N, weights, slots, as_array(grad_x_TI), as_array(grad_h_TR))
+    _backward(as_array(grad_TO), ends_N, weights, slots, as_array(grad_h_TR), as_array(grad_x_TI))
     return grad_x_TI, grad_h_TR
 
 

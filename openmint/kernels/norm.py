@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openmint.kernels.jit import F32, as_array, kernel, load, rounded
+from openmint.kernels.jit import F32, as_array, kernel, load, piece, rounded
 from openmint.types import FloatArray
 
 
@@ -45,6 +45,23 @@ def _backward(grad_TD: Any, x_TD: Any, weight_D: Any, scale_T: Any, out_TD: Any)
         for d in range(width):
             slope = load(grad_D[d]) * load(weight_D[d]) - along * load(x_D[d])
             out_D[d] = rounded(scale * slope, out_D)
+
+
+@piece
+def add_backward(grad_TD: Any, x_TD: Any, weight_D: Any, scale_T: Any, out_TD: Any) -> None:
+    """`out += dL/dx`."""
+    width = len(weight_D)
+    slope_D = np.empty(width, np.float32)
+    for t in range(len(x_TD)):
+        grad_D, x_D, out_D, scale = grad_TD[t], x_TD[t], out_TD[t], scale_T[t]
+        along = F32(0.0)
+        for d in range(width):
+            along += load(grad_D[d]) * load(weight_D[d]) * load(x_D[d])
+        along *= scale * scale / F32(width)
+        for d in range(width):
+            slope_D[d] = scale * (load(grad_D[d]) * load(weight_D[d]) - along * load(x_D[d]))
+        for d in range(width):
+            out_D[d] = rounded(load(out_D[d]) + slope_D[d], out_D)
 
 
 def forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, FloatArray]:

@@ -29,7 +29,8 @@ def _forward(gate_up_TW: Any, y_TF: Any) -> None:
 
 
 @kernel
-def _backward(grad_TF: Any, gate_up_TW: Any, out_TW: Any) -> None:
+def _backward(grad_TF: Any, gate_up_TW: Any, out_TW: Any, y_TF: Any) -> None:
+    """`y_TF` takes the activations again, if it has rows."""
     width = grad_TF.shape[1]
     sigmoid_F = np.empty(width, np.float32)
     for t in range(len(grad_TF)):
@@ -43,6 +44,11 @@ def _backward(grad_TF: Any, gate_up_TW: Any, out_TW: Any) -> None:
         for f in range(width):
             slope = sigmoid_F[f] * (F32(1.0) + load(gate_F[f]) * (F32(1.0) - sigmoid_F[f]))
             out_gate_F[f] = rounded(load(grad_F[f]) * load(up_F[f]) * slope, out_gate_F)
+        if len(y_TF):
+            y_F = y_TF[t]
+            for f in range(width):
+                silu = load(rounded(load(gate_F[f]) * sigmoid_F[f], y_F))
+                y_F[f] = rounded(silu * load(up_F[f]), y_F)
 
 
 def forward(gate_up_TW: Tensor) -> Tensor:
@@ -65,5 +71,8 @@ class FusedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up_TW,) = ctx.saved_tensors
         out_TW = torch.empty_like(gate_up_TW)
-        _backward(as_array(grads[0].contiguous()), as_array(gate_up_TW), as_array(out_TW))
+        nothing_TF = as_array(gate_up_TW)[:0]
+        _backward(
+            as_array(grads[0].contiguous()), as_array(gate_up_TW), as_array(out_TW), nothing_TF
+        )
         return out_TW

@@ -126,25 +126,14 @@ class _Emitter:
         added = zip(totals, factors, strict=True)
         return [self.add_product(total, column, pair) for total, (column, pair) in added]
 
-    def floats(self, address: Any) -> Any:
-        """16 bfloat16 values as float32."""
-        short = ir.VectorType(ir.IntType(16), self._lanes)
-        loaded = self.builder.load(self.builder.inttoptr(address, short.as_pointer()))
-        loaded.align = 2
-        bits = self.builder.zext(loaded, self._words)
-        shift = ir.Constant(self._words, [16] * self._lanes)
-        return self.builder.bitcast(self.builder.shl(bits, shift), self.sums)
-
-    def float_everywhere(self, address: Any) -> Any:
-        """One bfloat16 value as float32, for every column."""
-        place = self.builder.inttoptr(address, ir.IntType(16).as_pointer())
-        value = self.builder.load(place)
-        value.align = 2
-        bits = self.builder.shl(self.builder.zext(value, ir.IntType(32)), _int32(16))
-        return self.builder.bitcast(self._everywhere(bits), self.sums)
-
-    def add_multiple(self, total: Any, factor: Any, value: Any) -> Any:
-        return self.call(f"llvm.fma.v{self._lanes}f32", self.sums, [factor, value, total])
+    def paired(self, first: Any, second: Any) -> list[Any]:
+        """Columns of two rows of `2 * lanes` bfloat16 values each, value by value in pairs."""
+        rows, width = [self.columns(first), self.columns(second)], 2 * self._lanes
+        orders = [
+            [n for c in range(width) for n in (c, width + c)][i : i + width] for i in (0, width)
+        ]
+        kind = ir.VectorType(ir.IntType(32), width)
+        return [self.builder.shuffle_vector(*rows, ir.Constant(kind, order)) for order in orders]
 
     def loop(self, count: Any, starts: list[Any], body: Any) -> list[Any]:
         """`body(index, totals)` gives the next totals, `count >= 1` times."""
@@ -298,8 +287,9 @@ def _quad(rows: int) -> Any:
 
 
 def _outer() -> Any:
-    """`outer(h, h_stride, x, x_stride, tokens, out, out_stride)`: `out += h.T @ x` in float32, of 8
-    columns of h and 32 of x."""
+    """`outer(h, h_stride, x, x_stride, pairs, out, out_stride)`: `out += h.T @ x` in float32, of 8
+    columns of h, whose tokens stand in pairs, `[pairs, 8, 2]`, and 32 of x, whose rows are tokens.
+    """
 
     @intrinsic
     def outer(
@@ -308,30 +298,27 @@ def _outer() -> Any:
         h_stride: Any,
         x: Any,
         x_stride: Any,
-        tokens: Any,
+        pairs: Any,
         out: Any,
         out_stride: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            h, h_stride, x, x_stride, tokens, out, out_stride = arguments
+            h, h_stride, x, x_stride, pairs, out, out_stride = arguments
             emit = _Emitter(builder, LANES)
             places = [
                 emit.at(emit.at(out, out_stride, n // 2), 64, n % 2) for n in range(2 * STRIP)
             ]
 
             def body(index: Any, totals: list[Any]) -> list[Any]:
-                row = builder.add(x, builder.mul(x_stride, index))
-                columns = [emit.floats(emit.at(row, 32, half)) for half in range(2)]
+                row = builder.add(x, builder.mul(x_stride, emit.at(index, index, 1)))
+                columns = emit.paired(row, builder.add(row, x_stride))
                 own = builder.add(h, builder.mul(h_stride, index))
-                factors = [emit.float_everywhere(emit.at(own, 2, r)) for r in range(STRIP)]
-                pairs = [(factors[n // 2], columns[n % 2]) for n in range(2 * STRIP)]
-                return [
-                    emit.add_multiple(total, *pair)
-                    for total, pair in zip(totals, pairs, strict=True)
-                ]
+                return emit.add_products(
+                    totals, columns, [emit.pair(emit.at(own, 4, r)) for r in range(STRIP)]
+                )
 
             starts = [emit.load_sums(place) for place in places]
-            for total, place in zip(emit.loop(tokens, starts, body), places, strict=True):
+            for total, place in zip(emit.loop(pairs, starts, body), places, strict=True):
                 emit.store_sums(total, place)
             return context.get_dummy_value()
 

@@ -136,7 +136,7 @@ class AdapterStack:
         self.adapters = tuple(adapters)
         self._stacked: dict[tuple[str, ...], StackedTargets] = {}
         self._addresses: dict[tuple[tuple[str, ...], Direction], tuple[IntArray, IntArray]] = {}
-        self._all_addresses: tuple[IntArray, IntArray] | None = None
+        self._all_addresses: dict[Direction, tuple[IntArray, IntArray]] = {}
         self.rank_S = np.array([self.padded_rank(s) for s in range(len(adapters))], np.int64)
         self.scale_S = np.array([a.spec.scaling for a in adapters], np.float32)
 
@@ -161,12 +161,15 @@ class AdapterStack:
             self._addresses[key] = (shrink_S, expand_S)
         return self._addresses[key]
 
-    def all_addresses(self, layers: Sequence[HasPaths]) -> tuple[IntArray, IntArray]:
-        """`addresses` of many layers' forward pass, `[N, S]` each; made once."""
-        if self._all_addresses is None:
-            both = [self.addresses(layer.paths, "forth") for layer in layers]
-            self._all_addresses = np.stack([s for s, _ in both]), np.stack([e for _, e in both])
-        return self._all_addresses
+    def all_addresses(
+        self, layers: Sequence[HasPaths], direction: Direction
+    ) -> tuple[IntArray, IntArray]:
+        """`addresses` of many layers, `[N, S]` each; made once for each direction."""
+        if direction not in self._all_addresses:
+            both = [self.addresses(layer.paths, direction) for layer in layers]
+            joined = np.stack([s for s, _ in both]), np.stack([e for _, e in both])
+            self._all_addresses[direction] = joined
+        return self._all_addresses[direction]
 
     def members(self, group: TargetGroup) -> list[int]:
         """Slots whose adapter has targets in `group`."""

@@ -15,19 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openmint.kernels import attend as tiled
 from openmint.kernels import paged
 from openmint.kernels.attend import BLOCK, block_shapes
 from openmint.kernels.softmax import softmax_, softmax_backward_
 from openmint.kernels.team import Together
-from openmint.kernels.tile import IS_AVAILABLE
 from openmint.types import IntArray
 
 MAX_PADDING = 1.25
 """A bucket's padded size may exceed its tokens by this factor."""
 PLAIN_TOKENS = 1024
 """Up to so many keys, CPUs attend by plain GEMMs: 6x faster than the flash kernel at 32 tokens,
-even at 256. In tiles, probabilities of so many keys are kept for the way back."""
+even at 256."""
 
 NO_WINDOW = 1 << 40
 
@@ -92,7 +90,7 @@ class PackedAttention:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, window: int | None) -> None:
-        starts = np.cumsum([0, *lengths])
+        starts = self.starts_S = np.cumsum([0, *lengths])
         inverse_T = np.empty(starts[-1], np.int64)
         self.buckets: list[Bucket] = []
         offset = 0
@@ -124,7 +122,7 @@ class PackedAttention:
 
     def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         longest = max(bucket.index_SL.shape[1] for bucket in self.buckets)
-        if is_tiled(q_THD) or is_plain(q_THD, longest):
+        if is_plain(q_THD, longest):
             out: Tensor = _PlainPacked.apply(q_THD, k_TGD, v_TGD, self)
             return out
         outputs = []
@@ -152,12 +150,6 @@ def causal(q_SLHD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor) -> Tensor:
 def is_plain(q: Tensor, num_keys: int) -> bool:
     """Whether attention runs as GEMMs around the softmax kernel."""
     return q.device.type == "cpu" and num_keys <= PLAIN_TOKENS
-
-
-def is_tiled(q: Tensor) -> bool:
-    """Whether the tiled kernel attends, as it does where a model is sampled in tiles."""
-    on_cpu = q.device.type == "cpu" and IS_AVAILABLE
-    return on_cpu and q.dtype == torch.bfloat16 and q.shape[-1] % BLOCK == 0
 
 
 def attend(q_SLHD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, sight: Sight) -> Tensor:
@@ -194,20 +186,8 @@ def _ungrouped(x_SGQD: Tensor, shape: torch.Size) -> Tensor:
     return split.permute(0, 3, 1, 2, 4).reshape(shape)
 
 
-def _attended(
-    q_SLHD: Tensor, k_SLGD: Tensor, v_SLGD: Tensor, sight: Sight
-) -> tuple[Tensor, Tensor]:
-    """The output `[S, L, H, D]` and the probabilities."""
-    if is_tiled(q_SLHD):
-        return tiled.forward(q_SLHD, k_SLGD, v_SLGD, sight.at_SL, sight.window)
-    k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
-    out_SGQD, probs_SGQK = _plain(_grouped(q_SLHD, k_SGLD.shape[1]), k_SGLD, v_SGLD, sight)
-    return _ungrouped(out_SGQD, q_SLHD.shape), probs_SGQK
-
-
 class _PlainPacked(torch.autograd.Function):
-    """`PackedAttention` on CPUs. Keeps the probabilities for the way back, up to PLAIN_TOKENS; of
-    longer sequences (in tiles only) it computes them again, a layer at a time."""
+    """`PackedAttention` on CPUs; keeps the probabilities for the way back."""
 
     @staticmethod
     def forward(
@@ -216,10 +196,11 @@ class _PlainPacked(torch.autograd.Function):
         outputs, kept = [], []
         for bucket in packed.buckets:
             q_SLHD, k_SLGD, v_SLGD = (packed.take(x, bucket) for x in (q_THD, k_TGD, v_TGD))
-            out_SLHD, probs_SGQK = _attended(q_SLHD, k_SLGD, v_SLGD, bucket.sight)
-            outputs.append(out_SLHD.flatten(0, 1))
-            is_long = probs_SGQK.shape[3] > PLAIN_TOKENS
-            kept += [q_SLHD, k_SLGD, v_SLGD, None if is_long else probs_SGQK]
+            k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
+            q_SGQD = _grouped(q_SLHD, k_SGLD.shape[1])
+            out_SGQD, probs_SGQK = _plain(q_SGQD, k_SGLD, v_SGLD, bucket.sight)
+            outputs.append(_ungrouped(out_SGQD, q_SLHD.shape).flatten(0, 1))
+            kept += [q_SGQD, k_SGLD, v_SGLD, probs_SGQK]
         ctx.save_for_backward(*kept)
         ctx.packed, ctx.heads_shape = packed, q_THD.shape
         return packed.join(outputs).flatten(1)
@@ -230,11 +211,7 @@ class _PlainPacked(torch.autograd.Function):
         grad_THD = grads[0].view(ctx.heads_shape)
         parts = []
         for i, bucket in enumerate(packed.buckets):
-            q_SLHD, k_SLGD, v_SLGD, probs_SGQK = ctx.saved_tensors[4 * i : 4 * i + 4]
-            if probs_SGQK is None:
-                _, probs_SGQK = _attended(q_SLHD, k_SLGD, v_SLGD, bucket.sight)
-            k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
-            q_SGQD = _grouped(q_SLHD, k_SGLD.shape[1])
+            q_SGQD, k_SGLD, v_SGLD, probs_SGQK = ctx.saved_tensors[4 * i : 4 * i + 4]
             grad_SLHD = packed.take(grad_THD, bucket)
             if bucket.is_padding_SL is not None:
                 grad_SLHD[bucket.is_padding_SL] = 0.0

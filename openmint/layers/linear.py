@@ -17,7 +17,7 @@ from torch import Tensor
 from openmint.errors import InvalidRequest
 from openmint.kernels import linear as tiled
 from openmint.kernels.team import Together
-from openmint.kernels.tile import IS_AVAILABLE, OUTER, STRIP
+from openmint.kernels.tile import IS_AVAILABLE, STRIP
 from openmint.layers.adapters import AdapterBatch, Direction, GradientSink, LoraDelta
 from openmint.types import TargetGroup, TargetModule
 
@@ -129,7 +129,8 @@ class TorchLinear(LoraLinear):
 class TiledLinear(LoraLinear):
     """bfloat16 on AVX512-BF16: weights laid out once for each direction, adapters row by row.
 
-    Sampling reads `serving`: the forward weights, or int8 ones of their own.
+    `forth` and `back` are the weights of either direction. Sampling reads `serving`: the forward
+    ones, or int8 ones of their own.
     """
 
     def __init__(
@@ -140,10 +141,10 @@ class TiledLinear(LoraLinear):
         biases = [bias for _, _, bias in parts if bias is not None]
         nothing = np.empty(0, np.float32)
         bias_O = torch.cat(biases).float().numpy() if biases else nothing
-        self._forth, self._forth_memory = _weights(weights, bias_O, nothing)
+        self.forth, self._memory_forth = _weights(weights, bias_O, nothing)
         back = torch.cat(weights).t().contiguous()
-        self._back, self._back_memory = _weights([back], nothing, nothing)
-        self.serving, self._serving_memory = self._forth, self._forth_memory
+        self.back, self._memory_back = _weights([back], nothing, nothing)
+        self.serving, self._serving_memory = self.forth, self._memory_forth
         if serves_int8:
             self.serving, self._serving_memory = _int8_weights(weights, bias_O)
         self._ends_N = np.array([part.stop for part in self.parts])
@@ -158,7 +159,7 @@ class TiledLinear(LoraLinear):
     def forward(self, x_TI: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, Tensor | None]:
         slots, num_rows = self._slots(adapters, "forth")
         x_TI = x_TI.contiguous()
-        return tiled.forward(x_TI, self.num_out, self._forth, slots, num_rows)
+        return tiled.forward(x_TI, self.num_out, self.forth, slots, num_rows)
 
     def serve(self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together) -> Tensor:
         slots, num_rows = self._slots(adapters, "forth")
@@ -171,7 +172,7 @@ class TiledLinear(LoraLinear):
         grad_TO, x_TI = grad_TO.contiguous(), x_TI.contiguous()
         slots, num_rows = self._slots(adapters, "back")
         grad_x_TI, grad_h_TR = tiled.backward(
-            grad_TO, self._ends_N, self.num_in, self._back, slots, num_rows
+            grad_TO, self._ends_N, self.num_in, self.back, slots, num_rows
         )
         if adapters is not None and adapters.sink is not None and h_TR is not None:
             for slot, rows in adapters.runs:
@@ -194,21 +195,8 @@ class TiledLinear(LoraLinear):
         for i, part in enumerate(self.parts):
             grad_a_RI, grad_b_RO = sink.views(slot)[part.path]
             first = i * tiled.padded(len(grad_a_RI))
-            _add_outer(grad_a_RI, grad_h_TR, first, x_TI, 0, rows)
-            _add_outer(grad_b_RO, h_TR, first, grad_TO, part.start, rows)
-
-
-def _add_outer(
-    grad_RI: Tensor, h_TR: Tensor, row: int, x_TI: Tensor, column: int, tokens: slice
-) -> None:
-    """`grad_RI += h.T @ x` over some tokens; in tiles where the sizes allow."""
-    num_rows, num_columns = grad_RI.shape
-    is_whole = num_rows % STRIP == 0 and num_columns % OUTER == 0
-    if is_whole and grad_RI.dtype == torch.float32:
-        tiled.add_outer(grad_RI, h_TR, row, x_TI, column, tokens)
-    else:
-        h_NR = h_TR[tokens, row : row + num_rows].to(grad_RI.dtype)
-        grad_RI += h_NR.t() @ x_TI[tokens, column : column + num_columns].to(grad_RI.dtype)
+            tiled.add_outer_(grad_a_RI, grad_h_TR, first, x_TI, 0, rows)
+            tiled.add_outer_(grad_b_RO, h_TR, first, grad_TO, part.start, rows)
 
 
 def lora_linear(

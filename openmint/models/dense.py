@@ -15,13 +15,14 @@ from transformers import PretrainedConfig
 
 from openmint.errors import InvalidRequest
 from openmint.layers.adapters import AdapterBatch
-from openmint.layers.attention import TiledPages
+from openmint.layers.attention import PackedAttention, TiledPages
 from openmint.layers.linear import LoraLinear, lora_linear
 from openmint.layers.norm import rms_norm
 from openmint.layers.rotary import Rotary, rotate
 from openmint.layers.swiglu import silu_gate
 from openmint.models.model import Batch, CacheShape
 from openmint.models.tiled_dense import TiledDense
+from openmint.models.tiled_training import TiledTraining
 from openmint.models.weights import Weights
 from openmint.types import TargetGroup, TargetModule
 
@@ -102,7 +103,9 @@ class DenseModel:
         self.cache_shape = CacheShape(
             config.num_hidden_layers, config.num_key_value_heads, _head_dim(config)
         )
-        self._tiled = TiledDense(self) if TiledDense.suits(self) else None
+        suits = TiledDense.suits(self)
+        self._tiled = TiledDense(self) if suits else None
+        self._training = TiledTraining(self) if suits else None
 
     @property
     def linears(self) -> list[LoraLinear]:
@@ -132,6 +135,8 @@ class DenseModel:
         x_TD = F.embedding(tokens_T, self.embedding_VD)
         if torch.is_grad_enabled():
             x_TD.requires_grad_()  # nothing frozen asks for a gradient, so the graph starts here
+        if self._training is not None and isinstance(batch.attention, PackedAttention):
+            return self._training.forward(x_TD, positions_T, batch)
         cos_TD, sin_TD = self.rotary.at(positions_T, x_TD.dtype)
         for layer in self.layers:
             x_TD = layer.forward(x_TD, cos_TD, sin_TD, batch)

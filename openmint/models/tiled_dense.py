@@ -5,17 +5,18 @@ It reads the weights of the layers that training runs one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openmint.kernels import dense_step
+from openmint.kernels import dense, dense_step
+from openmint.kernels import linear as tiled
 from openmint.kernels.jit import F32, as_array
 from openmint.kernels.team import team
-from openmint.layers.adapters import AdapterBatch
+from openmint.layers.adapters import AdapterBatch, Direction
 from openmint.layers.attention import NO_WINDOW, TiledPages
 from openmint.layers.linear import LoraLinear, TiledLinear
 from openmint.types import AnyArray
@@ -35,22 +36,8 @@ class TiledDense:
         self._linears = model.linears
         self._rotary = model.rotary
         self._num_heads, self._head_dim = layers[0].num_heads, layers[0].head_dim
-        num_q, num_kv = self._num_heads
-        self._stack = dense_step.Stack(
-            qkv=_of_all(self._linears[dense_step.QKV :: 4]),
-            out=_of_all(self._linears[dense_step.OUT :: 4]),
-            gate_up=_of_all(self._linears[dense_step.GATE_UP :: 4]),
-            down=_of_all(self._linears[dense_step.DOWN :: 4]),
-            input_norm_LD=_stacked([layer.input_norm_D for layer in layers]),
-            mlp_norm_LD=_stacked([layer.mlp_norm_D for layer in layers]),
-            q_norm_LD=_stacked([layer.q_norm_D for layer in layers]),
-            k_norm_LD=_stacked([layer.k_norm_D for layer in layers]),
-            final_norm_D=as_array(model.final_norm_D),
-            eps=F32(model.eps),
-            num_q=num_q,
-            num_kv=num_kv,
-            window=NO_WINDOW if model.window is None else model.window,
-        )
+        self._stack = stack_of(model)
+        self._weights = linears_of(self._linears, lambda linear: linear.serving)
 
     @staticmethod
     def suits(model: DenseModel) -> bool:
@@ -70,11 +57,14 @@ class TiledDense:
         normed_TD = torch.empty_like(x_TD)
         hidden_width = WIDEST_FUSION * adapters.stack.widest if adapters else 0
         rooms = self._rooms(x_TD, normed_TD, hidden_width)
-        cache, stack, batch = pages.cache, self._stack, self._adapters(adapters)
+        batch = adapters_of(adapters, self._linears, "forth")
+        cache, stack, weights = pages.cache, self._stack, self._weights
         counters = team(len(cache.keys_LB) * dense_step.PHASES + 1)
         keys_LB, values_LB = cache.keys_LB, cache.values_LB
         pages.together(
-            lambda: dense_step.step(counters, stack, keys_LB, values_LB, tokens, batch, rooms)
+            lambda: dense_step.step(
+                counters, weights, stack, keys_LB, values_LB, tokens, batch, rooms
+            )
         )
         return normed_TD
 
@@ -99,28 +89,60 @@ class TiledDense:
             h_TR=room(hidden_width),
         )
 
-    def _adapters(self, adapters: AdapterBatch | None) -> dense_step.Adapters:
-        if adapters is None:
-            return dense_step.Adapters(0, 0, 0, 0, 0, 0)
-        stack = adapters.stack
-        shrink_NS, expand_NS = stack.all_addresses(self._linears)
-        return dense_step.Adapters(
-            slot_T=adapters.slot_rows.ctypes.data,
-            shrink_NS=shrink_NS.ctypes.data,
-            expand_NS=expand_NS.ctypes.data,
-            rank_S=stack.rank_S.ctypes.data,
-            scale_S=stack.scale_S.ctypes.data,
-            num_slots=len(stack.adapters),
-        )
+
+def stack_of(model: DenseModel) -> dense.Stack:
+    """What of the model isn't a linear layer."""
+    layers = model.layers
+    num_q, num_kv = layers[0].num_heads
+    return dense.Stack(
+        input_norm_LD=_stacked([layer.input_norm_D for layer in layers]),
+        mlp_norm_LD=_stacked([layer.mlp_norm_D for layer in layers]),
+        q_norm_LD=_stacked([layer.q_norm_D for layer in layers]),
+        k_norm_LD=_stacked([layer.k_norm_D for layer in layers]),
+        final_norm_D=as_array(model.final_norm_D),
+        eps=F32(model.eps),
+        num_q=num_q,
+        num_kv=num_kv,
+        window=NO_WINDOW if model.window is None else model.window,
+    )
 
 
-def _of_all(linears: Sequence[LoraLinear]) -> dense_step.Linear:
-    weights = [linear.serving for linear in linears if isinstance(linear, TiledLinear)]
+def linears_of(
+    linears: Sequence[LoraLinear], which: Callable[[TiledLinear], tiled.Weights]
+) -> dense.Linears:
+    """One kind of weights of all linear layers."""
+    weights = [which(linear) for linear in linears if isinstance(linear, TiledLinear)]
+    return dense.Linears(
+        qkv=_of_all(weights[dense.QKV :: 4]),
+        out=_of_all(weights[dense.OUT :: 4]),
+        gate_up=_of_all(weights[dense.GATE_UP :: 4]),
+        down=_of_all(weights[dense.DOWN :: 4]),
+    )
+
+
+def adapters_of(
+    batch: AdapterBatch | None, linears: Sequence[LoraLinear], direction: Direction
+) -> dense.Adapters:
+    """The adapters of a batch for all linear layers."""
+    if batch is None:
+        return dense.Adapters(0, 0, 0, 0, 0, 0)
+    stack = batch.stack
+    shrink_NS, expand_NS = stack.all_addresses(linears, direction)
+    return dense.Adapters(
+        slot_T=batch.slot_rows.ctypes.data,
+        shrink_NS=shrink_NS.ctypes.data,
+        expand_NS=expand_NS.ctypes.data,
+        rank_S=stack.rank_S.ctypes.data,
+        scale_S=stack.scale_S.ctypes.data,
+        num_slots=len(stack.adapters),
+    )
+
+
+def _of_all(weights: Sequence[tiled.Weights]) -> dense.Linear:
     addresses_L = np.array([each.address for each in weights])
     biases_LO = np.stack([each.bias_O for each in weights])
     scales_LO = np.stack([each.scale_O for each in weights])
-    panels_P3, num_in = weights[0].panels_P3, weights[0].num_in
-    return dense_step.Linear(addresses_L, panels_P3, biases_LO, scales_LO, num_in)
+    return dense.Linear(addresses_L, weights[0].panels_P3, biases_LO, scales_LO, weights[0].num_in)
 
 
 def _stacked(rows_D: Sequence[Tensor | None]) -> AnyArray:

@@ -170,7 +170,7 @@ def trained(
     linear: LoraLinear, x_TI: torch.Tensor, slot_T: torch.Tensor, adapters: list[AdapterWeights]
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Output, gradient of x, and gradients of the adapters, for a seeded gradient of the output."""
-    sinks = [torch.zeros(len(each.flat_P), dtype=torch.float64) for each in adapters]
+    sinks = [torch.zeros(len(each.flat_P)) for each in adapters]
     stack = AdapterStack(adapters)
     x_TI = x_TI.clone().requires_grad_()
     out = linear(x_TI, AdapterBatch(stack, slot_T, GradientSink(stack, sinks)))
@@ -215,7 +215,7 @@ def test_a_mixed_gradient_is_the_solo_gradient() -> None:
     slot_T = torch.tensor([0] * 9 + [1] * 7)
     out, grad_x, grads = trained(linear, x_TI, slot_T, TILED_ADAPTERS[:2])
     linear_alone, _ = tiled()
-    sinks = [torch.zeros(len(TILED_ADAPTERS[0].flat_P), dtype=torch.float64)]
+    sinks = [torch.zeros(len(TILED_ADAPTERS[0].flat_P))]
     stack = AdapterStack(TILED_ADAPTERS[:1])
     x_NI = x_TI[:9].clone().requires_grad_()
     alone = linear_alone(x_NI, AdapterBatch(stack, slot_T[:9], GradientSink(stack, sinks)))

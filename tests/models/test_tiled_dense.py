@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from openmint.config import WorkerConfig
 from openmint.engine.lanes import Lanes
 from openmint.kernels.team import Together, alone
 from openmint.kernels.tile import IS_AVAILABLE
-from openmint.layers.adapters import AdapterBatch, AdapterLayout, AdapterStack, AdapterWeights
+from openmint.layers.adapters import (
+    AdapterBatch,
+    AdapterLayout,
+    AdapterStack,
+    AdapterWeights,
+    GradientSink,
+)
 from openmint.layers.attention import PackedAttention, TiledCache, TiledPages
 from openmint.models.loader import load_model
 from openmint.models.model import Batch, Model
@@ -32,10 +39,13 @@ SHAPE = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
 }
 LENGTHS = (23, 1, 40, 17, 9)
+LONGER = (150, 1, 67, 70)
 SLOTS = (0, -1, 1, 2, 1)
+MILD = (LoraSpec(1, 1.0), LoraSpec(20, 10.0, train_mlp=False), LoraSpec(8, 4.0, train_attn=False))
+"""Small enough that rounding isn't blown up on the way through the layers."""
 SPECS = (LoraSpec(1), LoraSpec(20, 10.0, train_mlp=False), LoraSpec(8, train_attn=False))
 CPU = torch.device("cpu")
 
@@ -47,6 +57,7 @@ def saved(family: str, directory: Path) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
+        parameter.data = parameter.data.bfloat16().float()
     model.save_pretrained(directory)
     return directory
 
@@ -57,13 +68,15 @@ def loaded(directory: Path) -> Model:
     return model
 
 
-def adapters_of(model: Model) -> AdapterStack:
+def adapters_of(
+    model: Model, specs: Sequence[LoraSpec] = SPECS, dtype: torch.dtype = torch.bfloat16
+) -> AdapterStack:
     made = []
-    for seed, spec in enumerate(SPECS):
+    for seed, spec in enumerate(specs):
         layout = AdapterLayout(spec, [t for t in model.targets if t.group in spec.groups])
         generator = torch.Generator().manual_seed(seed)
         values_P = 0.1 * torch.randn(layout.num_params, generator=generator)
-        made.append(AdapterWeights(layout, values_P.bfloat16()))
+        made.append(AdapterWeights(layout, values_P.bfloat16().to(dtype)))
     return AdapterStack(made)
 
 
@@ -144,3 +157,40 @@ def test_tiled_logits_follow_transformers(
         twin: Any = reference(tmp_path).bfloat16().float()
         theirs = torch.cat([twin(row[None]).logits[0] for row in tokens])
     assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
+
+
+def gradients(model: Model, lengths: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Of all adapters, for seeded tokens and gradients of the final hidden states, which come last.
+    A sequence's seed is its place."""
+    stack = adapters_of(model, MILD, dtype)
+    width = model.head.num_in
+    seeds = [torch.Generator().manual_seed(place) for place in range(len(lengths))]
+    pairs = list(zip(seeds, lengths, strict=True))
+    tokens_T = torch.cat([torch.randint(0, 160, (n,), generator=seed) for seed, n in pairs])
+    grad_TD = torch.cat([torch.randn(n, width, generator=seed).bfloat16() for seed, n in pairs])
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    slot_T = torch.cat([torch.full((n,), slot) for n, slot in zip(lengths, SLOTS, strict=False)])
+    sinks = [torch.zeros(adapter.layout.num_params) for adapter in stack.adapters]
+    adapters = AdapterBatch(stack, slot_T, GradientSink(stack, sinks))
+    batch = Batch(PackedAttention(lengths, CPU, model.window), adapters)
+    hidden_TD = model.forward(tokens_T, positions_T, batch)
+    hidden_TD.backward(grad_TD.to(dtype))
+    return [*sinks, hidden_TD.detach().float()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_follow_autograd_in_float32(family: str, tmp_path: Path) -> None:
+    ours = gradients(loaded(saved(family, tmp_path)), LONGER, torch.bfloat16)
+    exact, _ = load_model("m", tmp_path, Digest("sha256:0"), WorkerConfig(dtype="float32"))
+    for own, their in zip(ours, gradients(exact, LONGER, torch.float32), strict=True):
+        assert float((own - their).norm()) <= 2e-2 * float(their.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_same_to_the_bit_whoever_stands_beside(
+    family: str, tmp_path: Path
+) -> None:
+    model = loaded(saved(family, tmp_path))
+    beside, by_itself = (gradients(model, n, torch.bfloat16)[0] for n in (LONGER, LONGER[:1]))
+    assert by_itself.abs().max() > 0
+    assert torch.equal(beside, by_itself)

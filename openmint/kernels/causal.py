@@ -1,0 +1,319 @@
+"""Causal attention of whole sequences, forth and back, in tiles on AVX512-BF16.
+
+T tokens, W values of all heads (queries, keys, values), H query heads, N tokens of one sequence, D
+head size, M queries of a block. A query's sums run over its keys in order, as in `attend.py`: they
+agree to the bit. The way back computes probabilities again from each query's largest score, block
+by block with keys as rows (FlashAttention-2, arXiv:2307.08691): nothing of size N x N is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from openmint.kernels.attend import add_values, soften
+from openmint.kernels.jit import F32, address, exp, load, piece, rounded
+from openmint.kernels.tile import MOST_ROWS, PANEL, tile
+
+
+class Heads(NamedTuple):
+    """How the values of a row are divided, and how far back a query sees."""
+
+    num_q: int
+    num_kv: int
+    width: int
+    window: int
+
+
+class Softened(NamedTuple):
+    """What the way back needs to compute a query's probabilities again."""
+
+    top_HT: Any
+    share_HT: Any
+
+
+@piece
+def _panels(x_NW: Any, column: Any, width: Any, panels_B: Any) -> None:
+    """Rows as columns of panels, `[N / 64, D / 2, 64]` pairs; missing rows are zero."""
+    for b in range(len(panels_B)):
+        rows = min(PANEL, len(x_NW) - b * PANEL)
+        for p in range(width // 2):
+            to_N = panels_B[b, p]
+            for n in range(rows):
+                to_N[n] = _together(
+                    x_NW[b * PANEL + n, column + 2 * p], x_NW[b * PANEL + n, column + 2 * p + 1]
+                )
+            to_N[rows:] = 0
+
+
+@piece
+def _pairs(x_NW: Any, column: Any, width: Any, pairs_PD: Any) -> None:
+    """Rows in pairs, `[N / 2, D]`; missing rows are zero."""
+    for p in range(len(pairs_PD)):
+        to_D = pairs_PD[p]
+        if 2 * p + 1 < len(x_NW):
+            first_D = x_NW[2 * p, column : column + width]
+            second_D = x_NW[2 * p + 1, column : column + width]
+            for d in range(width):
+                to_D[d] = _together(first_D[d], second_D[d])
+        elif 2 * p < len(x_NW):
+            for d in range(width):
+                to_D[d] = np.uint32(x_NW[2 * p, column + d])
+        else:
+            to_D[:] = 0
+
+
+@piece
+def _together(first: Any, second: Any) -> Any:
+    return np.uint32(first) | (np.uint32(second) << np.uint32(16))
+
+
+@piece
+def forward(heads_TW: Any, first: Any, stop: Any, heads: Any, kept: Any, out_TW: Any) -> None:
+    """The sequence `first..stop`, `out_TW` being `[T, H * D]`."""
+    num_tokens, width, shared = stop - first, heads.width, heads.num_q // heads.num_kv
+    num_blocks, scale = (num_tokens + PANEL - 1) // PANEL, F32(1.0) / np.sqrt(F32(width))
+    keys_B = np.empty((num_blocks, width // 2, PANEL), np.uint32)
+    values_PD = np.empty((num_blocks * PANEL // 2, width), np.uint32)
+    scores_RN = np.empty((MOST_ROWS, num_blocks * PANEL), np.float32)
+    probs_RN = np.empty((MOST_ROWS, num_blocks * PANEL), np.uint16)
+    x_NW, stride, row_bytes = heads_TW[first:stop], 2 * heads_TW.shape[1], 4 * num_blocks * PANEL
+    sums_RD = np.empty((MOST_ROWS, width), np.float32)
+    scores, probs, sums = address(scores_RN), address(probs_RN), address(sums_RD)
+    for g in range(heads.num_kv):
+        _panels(x_NW, (heads.num_q + g) * width, width, keys_B)
+        _pairs(x_NW, (heads.num_q + heads.num_kv + g) * width, width, values_PD)
+        for head in range(g * shared, (g + 1) * shared):
+            for row in range(0, num_tokens, MOST_ROWS):
+                rows = min(MOST_ROWS, num_tokens - row)
+                q = address(x_NW) + row * stride + 2 * head * width
+                low = max(0, row - heads.window + 1)
+                for b in range(low // PANEL, (row + rows + PANEL - 1) // PANEL):
+                    keys, to = address(keys_B[b]), scores + 4 * PANEL * b
+                    tile(rows, q, stride, keys, 4 * PANEL, width // 2, to, row_bytes, keys)
+                low, high = low // 2 * 2, (row + rows + 1) // 2 * 2
+                for r in range(rows):
+                    at, probs_N = row + r, probs_RN[r]
+                    seen = max(0, at - heads.window + 1)
+                    probs_N[low:seen] = 0
+                    probs_N[at + 1 : high] = 0
+                    top, share = soften(scores_RN[r, seen : at + 1], probs_N[seen : at + 1], scale)
+                    kept.top_HT[head, first + at] = top
+                    kept.share_HT[head, first + at] = share
+                sums_RD[:] = F32(0.0)
+                values, depth = address(values_PD[low // 2]), (high - low) // 2
+                add_values(rows, probs + 2 * low, row_bytes // 2, values, depth, width, sums)
+                for r in range(rows):
+                    out_D = out_TW[first + row + r, head * width : (head + 1) * width]
+                    sums_D = sums_RD[r]
+                    for d in range(width):
+                        out_D[d] = rounded(sums_D[d], out_D)
+
+
+class Block(NamedTuple):
+    """A block of one head's queries and of the gradient of what they gave, laid out for tiles."""
+
+    q_PM: Any
+    q_PD: Any
+    grad_PM: Any
+    grad_PD: Any
+    along_M: Any
+    """Of each query: the sum of its output times the output's gradient."""
+
+
+class Scratch(NamedTuple):
+    """For some keys (rows) and a block of queries."""
+
+    scores_RM: Any
+    slopes_RM: Any
+    probs_RM: Any
+    slope_RM: Any
+    """The slopes rounded."""
+
+
+@piece
+def backward(
+    heads_TW: Any,
+    out_TW: Any,
+    grad_TW: Any,
+    first: Any,
+    stop: Any,
+    heads: Any,
+    kept: Any,
+    to_TW: Any,
+) -> None:
+    """dL/dheads of the sequence, in `to_TW`; `grad_TW` is that of `out_TW`."""
+    num_tokens, width, shared = stop - first, heads.width, heads.num_q // heads.num_kv
+    num_blocks = (num_tokens + PANEL - 1) // PANEL
+    keys_DN = np.empty((width, num_blocks * PANEL), np.uint16)
+    slopes_PM = np.empty((num_blocks * PANEL // 2, PANEL), np.uint32)
+    grad_keys_ND = np.empty((num_tokens, width), np.float32)
+    grad_values_ND = np.empty((num_tokens, width), np.float32)
+    grad_q_DM = np.empty((width, PANEL), np.float32)
+    block, scratch = _block(width), _scratch()
+    x_NW, y_NW, grad_NW = heads_TW[first:stop], out_TW[first:stop], grad_TW[first:stop]
+    for g in range(heads.num_kv):
+        k_column, v_column = (heads.num_q + g) * width, (heads.num_q + heads.num_kv + g) * width
+        _turned(x_NW[:, k_column : k_column + width], keys_DN)
+        grad_keys_ND[:] = F32(0.0)
+        grad_values_ND[:] = F32(0.0)
+        for head in range(g * shared, (g + 1) * shared):
+            column = head * width
+            for start in range(0, num_tokens, PANEL):
+                end = min(start + PANEL, num_tokens)
+                _take(x_NW, y_NW, grad_NW, start, end, column, width, block)
+                span = (first, start, end, heads.window)
+                softened = (kept.top_HT[head], kept.share_HT[head])
+                sums = (grad_keys_ND, grad_values_ND, slopes_PM)
+                low = _keys(x_NW, k_column, v_column, width, span, softened, block, scratch, sums)
+                depth = (end + 1) // 2 - low // 2
+                _add_queries(keys_DN, low, slopes_PM, depth, grad_q_DM)
+                for d in range(width):
+                    for m in range(end - start):
+                        to_TW[first + start + m, column + d] = rounded(grad_q_DM[d, m], to_TW)
+        for n in range(num_tokens):
+            to_W = to_TW[first + n]
+            for d in range(width):
+                to_W[k_column + d] = rounded(grad_keys_ND[n, d], to_W)
+            for d in range(width):
+                to_W[v_column + d] = rounded(grad_values_ND[n, d], to_W)
+
+
+@piece
+def _block(width: Any) -> Any:
+    return Block(
+        np.empty((1, width // 2, PANEL), np.uint32),
+        np.empty((PANEL // 2, width), np.uint32),
+        np.empty((1, width // 2, PANEL), np.uint32),
+        np.empty((PANEL // 2, width), np.uint32),
+        np.empty(PANEL, np.float32),
+    )
+
+
+@piece
+def _scratch() -> Any:
+    return Scratch(
+        np.empty((MOST_ROWS, PANEL), np.float32),
+        np.empty((MOST_ROWS, PANEL), np.float32),
+        np.empty((MOST_ROWS, PANEL), np.uint16),
+        np.empty((MOST_ROWS, PANEL), np.uint16),
+    )
+
+
+@piece
+def _turned(x_ND: Any, to_DN: Any) -> None:
+    """Rows as columns; missing ones are zero."""
+    for d in range(len(to_DN)):
+        to_N = to_DN[d]
+        for n in range(len(x_ND)):
+            to_N[n] = x_ND[n, d]
+        to_N[len(x_ND) :] = 0
+
+
+@piece
+def _take(
+    x_NW: Any, y_NW: Any, grad_NW: Any, start: Any, end: Any, column: Any, width: Any, block: Any
+) -> None:
+    """Lay out the queries `start..end`."""
+    _panels(x_NW[start:end], column, width, block.q_PM)
+    _pairs(x_NW[start:end], column, width, block.q_PD)
+    _panels(grad_NW[start:end], column, width, block.grad_PM)
+    _pairs(grad_NW[start:end], column, width, block.grad_PD)
+    for m in range(end - start):
+        y_D, grad_D = (
+            y_NW[start + m, column : column + width],
+            grad_NW[start + m, column : column + width],
+        )
+        along = F32(0.0)
+        for d in range(width):
+            along += load(y_D[d]) * load(grad_D[d])
+        block.along_M[m] = along
+
+
+@piece
+def _keys(
+    x_NW: Any,
+    k_column: Any,
+    v_column: Any,
+    width: Any,
+    span: Any,
+    softened: Any,
+    block: Any,
+    scratch: Any,
+    sums: Any,
+) -> Any:
+    """Add a block of queries' share to the gradients of the keys and values that it sees, and lay
+    out the slopes of its scores in pairs of keys; the first key."""
+    first, start, end, window = span
+    top_M, share_M = (
+        softened[0][first + start : first + end],
+        softened[1][first + start : first + end],
+    )
+    grad_keys_ND, grad_values_ND, slopes_PM = sums
+    x, stride = address(x_NW), 2 * x_NW.shape[1]
+    low = max(0, start - window + 1) // 2 * 2
+    scores, slopes = address(scratch.scores_RM), address(scratch.slopes_RM)
+    q, grad = address(block.q_PM), address(block.grad_PM)
+    for key in range(low, end, MOST_ROWS):
+        rows, here = min(MOST_ROWS, end - key), x + key * stride
+        tile(rows, here + 2 * k_column, stride, q, 4 * PANEL, width // 2, scores, 4 * PANEL, q)
+        tile(
+            rows, here + 2 * v_column, stride, grad, 4 * PANEL, width // 2, slopes, 4 * PANEL, grad
+        )
+        for r in range(rows):
+            seen = max(0, key + r - start), min(end, key + r + window) - start
+            _slopes(r, seen, top_M, share_M, block.along_M, width, scratch)
+        if rows % 2 == 1:
+            scratch.slope_RM[rows] = 0
+        for r in range(0, rows, 2):
+            to_M, even_M, odd_M = (
+                slopes_PM[(key + r) // 2],
+                scratch.slope_RM[r],
+                scratch.slope_RM[r + 1],
+            )
+            for m in range(PANEL):
+                to_M[m] = _together(even_M[m], odd_M[m])
+        skipped = max(0, key - start) // 2
+        depth, past = PANEL // 2 - skipped, 4 * skipped * width
+        probs, slope = (
+            address(scratch.probs_RM) + 4 * skipped,
+            address(scratch.slope_RM) + 4 * skipped,
+        )
+        to_values, to_keys = address(grad_values_ND[key]), address(grad_keys_ND[key])
+        add_values(rows, probs, 2 * PANEL, address(block.grad_PD) + past, depth, width, to_values)
+        add_values(rows, slope, 2 * PANEL, address(block.q_PD) + past, depth, width, to_keys)
+    return low
+
+
+@piece
+def _slopes(
+    r: Any, seen: Any, top_M: Any, share_M: Any, along_M: Any, width: Any, scratch: Any
+) -> None:
+    """One key's probabilities, and dL/dscores, for the queries `seen`; zero for all others."""
+    start, end = seen
+    scale = F32(1.0) / np.sqrt(F32(width))
+    probs_M, slope_M = scratch.probs_RM[r], scratch.slope_RM[r]
+    probs_M[:start] = 0
+    slope_M[:start] = 0
+    end = max(start, end)
+    probs_M[end:] = 0
+    slope_M[end:] = 0
+    probs_M, slope_M = probs_M[start:end], slope_M[start:end]
+    scores_M, slopes_M = scratch.scores_RM[r, start:end], scratch.slopes_RM[r, start:end]
+    top_M, share_M, along_M = top_M[start:end], share_M[start:end], along_M[start:end]
+    for m in range(len(probs_M)):
+        scores_M[m] = exp((scores_M[m] - top_M[m]) * scale) * share_M[m]
+    for m in range(len(probs_M)):
+        probs_M[m] = rounded(scores_M[m], probs_M)
+    for m in range(len(probs_M)):
+        slope_M[m] = rounded(scores_M[m] * (slopes_M[m] - along_M[m]) * scale, slope_M)
+
+
+@piece
+def _add_queries(keys_DN: Any, low: Any, slopes_PM: Any, depth: Any, grad_q_DM: Any) -> None:
+    """dL/dqueries of a block, value by value, from the keys `low..low + 2 * depth`."""
+    stride, slopes = 2 * keys_DN.shape[1], address(slopes_PM[low // 2])
+    for d in range(0, len(keys_DN), MOST_ROWS):
+        rows, keys = min(MOST_ROWS, len(keys_DN) - d), address(keys_DN[d]) + 2 * low
+        tile(rows, keys, stride, slopes, 4 * PANEL, depth, address(grad_q_DM[d]), 4 * PANEL, slopes)
