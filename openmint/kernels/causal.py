@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openmint.kernels.attend import add_values, soften
-from openmint.kernels.jit import F32, address, exp, load, piece, rounded
+from openmint.kernels.jit import (
+    F32,
+    address,
+    exp,
+    floats,
+    halves,
+    inlined,
+    load,
+    piece,
+    rounded,
+    words,
+)
 from openmint.kernels.tile import MOST_ROWS, PANEL, tile
 
 
@@ -64,7 +75,7 @@ def _pairs(x_NW: Any, column: Any, width: Any, pairs_PD: Any) -> None:
             to_D[:] = 0
 
 
-@piece
+@inlined
 def _together(first: Any, second: Any) -> Any:
     return np.uint32(first) | (np.uint32(second) << np.uint32(16))
 
@@ -118,18 +129,8 @@ class Block(NamedTuple):
     q_PD: Any
     grad_PM: Any
     grad_PD: Any
-    along_M: Any
-    """Of each query: the sum of its output times the output's gradient."""
-
-
-class Scratch(NamedTuple):
-    """For some keys (rows) and a block of queries."""
-
-    scores_RM: Any
-    slopes_RM: Any
-    probs_RM: Any
-    slope_RM: Any
-    """The slopes rounded."""
+    softened_3M: Any
+    """Of each query: largest score, share, and the sum of its output times that one's gradient."""
 
 
 @piece
@@ -151,7 +152,7 @@ def backward(
     grad_keys_ND = np.empty((num_tokens, width), np.float32)
     grad_values_ND = np.empty((num_tokens, width), np.float32)
     grad_q_DM = np.empty((width, PANEL), np.float32)
-    block, scratch = _block(width), _scratch()
+    block, scratch_B = _block(width), np.empty(12 * MOST_ROWS * PANEL, np.uint8)
     x_NW, y_NW, grad_NW = heads_TW[first:stop], out_TW[first:stop], grad_TW[first:stop]
     for g in range(heads.num_kv):
         k_column, v_column = (heads.num_q + g) * width, (heads.num_q + heads.num_kv + g) * width
@@ -163,10 +164,12 @@ def backward(
             for start in range(0, num_tokens, PANEL):
                 end = min(start + PANEL, num_tokens)
                 _take(x_NW, y_NW, grad_NW, start, end, column, width, block)
-                span = (first, start, end, heads.window)
-                softened = (kept.top_HT[head], kept.share_HT[head])
+                span = slice(first + start, first + end)
+                _copy(kept.top_HT[head, span], block.softened_3M[0])
+                _copy(kept.share_HT[head, span], block.softened_3M[1])
+                span = (start, end, heads.window)
                 sums = (grad_keys_ND, grad_values_ND, slopes_PM)
-                low = _keys(x_NW, k_column, v_column, width, span, softened, block, scratch, sums)
+                low = _keys(x_NW, k_column, v_column, width, span, block, scratch_B, sums)
                 depth = (end + 1) // 2 - low // 2
                 _add_queries(keys_DN, low, slopes_PM, depth, grad_q_DM)
                 for d in range(width):
@@ -187,17 +190,7 @@ def _block(width: Any) -> Any:
         np.empty((PANEL // 2, width), np.uint32),
         np.empty((1, width // 2, PANEL), np.uint32),
         np.empty((PANEL // 2, width), np.uint32),
-        np.empty(PANEL, np.float32),
-    )
-
-
-@piece
-def _scratch() -> Any:
-    return Scratch(
-        np.empty((MOST_ROWS, PANEL), np.float32),
-        np.empty((MOST_ROWS, PANEL), np.float32),
-        np.empty((MOST_ROWS, PANEL), np.uint16),
-        np.empty((MOST_ROWS, PANEL), np.uint16),
+        np.zeros((3, PANEL), np.float32),
     )
 
 
@@ -228,7 +221,13 @@ def _take(
         along = F32(0.0)
         for d in range(width):
             along += load(y_D[d]) * load(grad_D[d])
-        block.along_M[m] = along
+        block.softened_3M[2, m] = along
+
+
+@piece
+def _copy(from_M: Any, to_M: Any) -> None:
+    for m in range(len(from_M)):
+        to_M[m] = from_M[m]
 
 
 @piece
@@ -238,76 +237,77 @@ def _keys(
     v_column: Any,
     width: Any,
     span: Any,
-    softened: Any,
     block: Any,
-    scratch: Any,
+    scratch_B: Any,
     sums: Any,
 ) -> Any:
     """Add a block of queries' share to the gradients of the keys and values that it sees, and lay
     out the slopes of its scores in pairs of keys; the first key."""
-    first, start, end, window = span
-    top_M, share_M = (
-        softened[0][first + start : first + end],
-        softened[1][first + start : first + end],
-    )
-    grad_keys_ND, grad_values_ND, slopes_PM = sums
-    x, stride = address(x_NW), 2 * x_NW.shape[1]
+    start, end, window = span
+    softened, scale = address(block.softened_3M), F32(1.0) / np.sqrt(F32(width))
+    x, stride, depth = address(x_NW), 2 * x_NW.shape[1], width // 2
+    to_keys, to_values, to_slopes = address(sums[0]), address(sums[1]), address(sums[2])
     low = max(0, start - window + 1) // 2 * 2
-    scores, slopes = address(scratch.scores_RM), address(scratch.slopes_RM)
+    scores, slopes = address(scratch_B), address(scratch_B) + 4 * MOST_ROWS * PANEL
+    probs = slopes + 4 * MOST_ROWS * PANEL
+    rounded_slopes = probs + 2 * MOST_ROWS * PANEL
     q, grad = address(block.q_PM), address(block.grad_PM)
+    q_pairs, grad_pairs = address(block.q_PD), address(block.grad_PD)
     for key in range(low, end, MOST_ROWS):
         rows, here = min(MOST_ROWS, end - key), x + key * stride
-        tile(rows, here + 2 * k_column, stride, q, 4 * PANEL, width // 2, scores, 4 * PANEL, q)
-        tile(
-            rows, here + 2 * v_column, stride, grad, 4 * PANEL, width // 2, slopes, 4 * PANEL, grad
-        )
+        tile(rows, here + 2 * k_column, stride, q, 4 * PANEL, depth, scores, 4 * PANEL, q)
+        tile(rows, here + 2 * v_column, stride, grad, 4 * PANEL, depth, slopes, 4 * PANEL, grad)
         for r in range(rows):
-            seen = max(0, key + r - start), min(end, key + r + window) - start
-            _slopes(r, seen, top_M, share_M, block.along_M, width, scratch)
-        if rows % 2 == 1:
-            scratch.slope_RM[rows] = 0
+            to_probs, to_slope = probs + 2 * PANEL * r, rounded_slopes + 2 * PANEL * r
+            here = 4 * PANEL * r
+            _slopes(scores + here, slopes + here, softened, scale, to_probs, to_slope)
+            if key + r > start:
+                _clear(to_probs, to_slope, 0, key + r - start)
+            if end < start + PANEL or key + r + window < end:
+                _clear(to_probs, to_slope, min(end, key + r + window) - start, PANEL)
         for r in range(0, rows, 2):
-            to_M, even_M, odd_M = (
-                slopes_PM[(key + r) // 2],
-                scratch.slope_RM[r],
-                scratch.slope_RM[r + 1],
-            )
-            for m in range(PANEL):
-                to_M[m] = _together(even_M[m], odd_M[m])
+            if r + 1 == rows:
+                halves(rounded_slopes + 2 * PANEL * rows, PANEL)[:] = 0
+            place = to_slopes + 2 * PANEL * (key + r)
+            _weave(rounded_slopes + 2 * PANEL * r, rounded_slopes + 2 * PANEL * (r + 1), place)
         skipped = max(0, key - start) // 2
-        depth, past = PANEL // 2 - skipped, 4 * skipped * width
-        probs, slope = (
-            address(scratch.probs_RM) + 4 * skipped,
-            address(scratch.slope_RM) + 4 * skipped,
-        )
-        to_values, to_keys = address(grad_values_ND[key]), address(grad_keys_ND[key])
-        add_values(rows, probs, 2 * PANEL, address(block.grad_PD) + past, depth, width, to_values)
-        add_values(rows, slope, 2 * PANEL, address(block.q_PD) + past, depth, width, to_keys)
+        left, past = PANEL // 2 - skipped, 4 * skipped * width
+        into, x_pairs = to_values + 4 * width * key, grad_pairs + past
+        add_values(rows, probs + 4 * skipped, 2 * PANEL, x_pairs, left, width, into)
+        into, x_pairs = to_keys + 4 * width * key, q_pairs + past
+        add_values(rows, rounded_slopes + 4 * skipped, 2 * PANEL, x_pairs, left, width, into)
     return low
 
 
 @piece
-def _slopes(
-    r: Any, seen: Any, top_M: Any, share_M: Any, along_M: Any, width: Any, scratch: Any
-) -> None:
-    """One key's probabilities, and dL/dscores, for the queries `seen`; zero for all others."""
-    start, end = seen
-    scale = F32(1.0) / np.sqrt(F32(width))
-    probs_M, slope_M = scratch.probs_RM[r], scratch.slope_RM[r]
-    probs_M[:start] = 0
-    slope_M[:start] = 0
-    end = max(start, end)
-    probs_M[end:] = 0
-    slope_M[end:] = 0
-    probs_M, slope_M = probs_M[start:end], slope_M[start:end]
-    scores_M, slopes_M = scratch.scores_RM[r, start:end], scratch.slopes_RM[r, start:end]
-    top_M, share_M, along_M = top_M[start:end], share_M[start:end], along_M[start:end]
-    for m in range(len(probs_M)):
+def _slopes(scores: Any, slopes: Any, softened: Any, scale: Any, probs: Any, out: Any) -> None:
+    """One key's probabilities, and dL/dscores, for a block of queries; all are addresses."""
+    scores_M, slopes_M = floats(scores, PANEL), floats(slopes, PANEL)
+    top_M, share_M = floats(softened, PANEL), floats(softened + 4 * PANEL, PANEL)
+    along_M = floats(softened + 8 * PANEL, PANEL)
+    probs_M, out_M = halves(probs, PANEL), halves(out, PANEL)
+    for m in range(PANEL):
         scores_M[m] = exp((scores_M[m] - top_M[m]) * scale) * share_M[m]
-    for m in range(len(probs_M)):
+    for m in range(PANEL):
         probs_M[m] = rounded(scores_M[m], probs_M)
-    for m in range(len(probs_M)):
-        slope_M[m] = rounded(scores_M[m] * (slopes_M[m] - along_M[m]) * scale, slope_M)
+    for m in range(PANEL):
+        out_M[m] = rounded(scores_M[m] * (slopes_M[m] - along_M[m]) * scale, out_M)
+
+
+@piece
+def _clear(probs: Any, slopes: Any, start: Any, stop: Any) -> None:
+    """Queries that don't see a key."""
+    for m in range(max(0, start), stop):
+        halves(probs, PANEL)[m] = 0
+        halves(slopes, PANEL)[m] = 0
+
+
+@piece
+def _weave(even: Any, odd: Any, out: Any) -> None:
+    """Two rows as pairs."""
+    even_M, odd_M, out_M = halves(even, PANEL), halves(odd, PANEL), words(out, PANEL)
+    for m in range(PANEL):
+        out_M[m] = _together(even_M[m], odd_M[m])
 
 
 @piece

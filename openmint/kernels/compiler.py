@@ -6,10 +6,11 @@ from __future__ import annotations
 try:
     import llvmlite.binding as llvm
     from llvmlite import ir
-    from numba import njit, types
+    from numba import carray, njit, types
     from numba.extending import intrinsic, overload
 except ModuleNotFoundError:
     from openmint.kernels.no_compiler import (  # type: ignore[no-redef]
+        carray,
         intrinsic,
         ir,
         llvm,
@@ -18,9 +19,8 @@ except ModuleNotFoundError:
         types,
     )
 
-__all__ = ["cpu_has", "intrinsic", "ir", "njit", "overload", "types"]
+__all__ = ["HAS_BF16", "carray", "intrinsic", "ir", "njit", "overload", "types"]
 
 
-def cpu_has(feature: str) -> bool:
-    """Whether kernels may use an instruction set of this machine, by LLVM's name of it."""
-    return llvm is not None and bool(llvm.get_host_cpu_features().get(feature, False))
+HAS_BF16 = llvm is not None and bool(llvm.get_host_cpu_features().get("avx512bf16", False))
+"""Whether this machine has AVX512-BF16."""

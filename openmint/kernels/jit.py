@@ -15,13 +15,14 @@ where they lie in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openmint.kernels.compiler import intrinsic, ir, njit, overload, types
+from openmint.kernels.compiler import HAS_BF16, carray, intrinsic, ir, njit, overload, types
 from openmint.types import AnyArray
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
@@ -76,6 +77,33 @@ def _bits_of(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
+@cache
+def bfloat() -> Any:
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    class BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
+        def _to_string(self) -> str:
+            return "bfloat"
+
+        def __eq__(self, other: object) -> bool:
+            return type(other).__name__ == "BFloat"
+
+        def __hash__(self) -> int:
+            return hash("bfloat")
+
+    return BFloat()
+
+
+@intrinsic
+def _narrowed(typing_context: Any, value: Any) -> Any:
+    """The nearest bfloat16, by the machine's own instruction, to which denormal numbers are 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], bfloat()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
 @intrinsic
 def address(typing_context: Any, array: Any) -> Any:
     """Where an array's memory begins."""
@@ -85,6 +113,32 @@ def address(typing_context: Any, array: Any) -> Any:
         return builder.ptrtoint(view.data, ir.IntType(64))
 
     return types.intp(array), generate
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), generate
+
+
+@inlined
+def floats(address: Any, count: Any) -> Any:
+    """float32 memory as an array that nobody counts."""
+    return carray(_pointer(address), count, np.float32)
+
+
+@inlined
+def halves(address: Any, count: Any) -> Any:
+    """bfloat16 memory as an array that nobody counts."""
+    return carray(_pointer(address), count, np.uint16)
+
+
+@inlined
+def words(address: Any, count: Any) -> Any:
+    """32-bit memory as an array that nobody counts."""
+    return carray(_pointer(address), count, np.uint32)
 
 
 @intrinsic
@@ -154,6 +208,8 @@ def _rounded(value, like):
         lowest = (bits >> np.uint32(16)) & np.uint32(1)
         return np.uint16((bits + np.uint32(0x7FFF) + lowest) >> np.uint32(16))
 
+    if like.dtype == types.uint16 and HAS_BF16:
+        return lambda value, like: _narrowed(value)
     if like.dtype == types.uint16:
         return to_bfloat16
     return lambda value, like: value

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 types: Any = None
 ir: Any = None
 llvm: Any = None
+carray: Any = None
 """Kernels name them inside functions that nobody calls."""
 
 

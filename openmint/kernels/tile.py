@@ -13,17 +13,16 @@ Layouts of W, whose rows are outputs:
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openmint.kernels.compiler import cpu_has, intrinsic, ir, types
-from openmint.kernels.jit import piece
+from openmint.kernels.compiler import HAS_BF16, intrinsic, ir, types
+from openmint.kernels.jit import bfloat, piece
 
-IS_AVAILABLE = cpu_has("avx512bf16")
+IS_AVAILABLE = HAS_BF16
 """Whether this machine has the instruction; elsewhere torch multiplies."""
 PANEL, STRIP, LANES = 64, 8, 16
 MOST_ROWS = 6
@@ -32,23 +31,6 @@ OUTER = 32
 """Columns of an outer product."""
 STRIP_SUMS = 4
 """Partial sums of each output of a strip, which hide the instruction's latency."""
-
-
-@cache
-def _bfloat() -> Any:
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    class BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
-        def _to_string(self) -> str:
-            return "bfloat"
-
-        def __eq__(self, other: object) -> bool:
-            return type(other).__name__ == "BFloat"
-
-        def __hash__(self) -> int:
-            return hash("bfloat")
-
-    return BFloat()
 
 
 def _int32(value: int) -> Any:
@@ -65,7 +47,7 @@ class _Emitter:
     def __init__(self, builder: Any, lanes: int) -> None:
         self.builder, self._lanes = builder, lanes
         self.sums = ir.VectorType(ir.FloatType(), lanes)
-        self._pairs = ir.VectorType(_bfloat(), 2 * lanes)
+        self._pairs = ir.VectorType(bfloat(), 2 * lanes)
         self._words = ir.VectorType(ir.IntType(32), lanes)
 
     def call(self, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -334,7 +316,7 @@ def _finish(adds: bool) -> Any:
     def finish(typing: Any, sums: Any, y: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             emit = _Emitter(builder, LANES)
-            short = ir.VectorType(_bfloat(), LANES)
+            short = ir.VectorType(bfloat(), LANES)
             for vector in range(PANEL // LANES):
                 total = emit.load_sums(emit.at(arguments[0], 64, vector))
                 place = builder.inttoptr(emit.at(arguments[1], 32, vector), short.as_pointer())
