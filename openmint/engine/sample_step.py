@@ -30,6 +30,7 @@ from openmint.layers.attention import (
     TiledPages,
     length_buckets,
 )
+from openmint.layers.linear import LogitsRoom
 from openmint.models.model import Batch, Model
 from openmint.types import AnyArray, Digest, FloatArray, IntArray, TopLogprobs
 
@@ -76,6 +77,7 @@ class SampleLane:
         self._model, self._cache, self._together = model, cache, together
         self._device = model.head.device
         self._stack = AdapterStack([])
+        self._room = LogitsRoom(model.head)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], slots: Slots) -> list[ChunkOutcome]:
@@ -209,7 +211,8 @@ class SampleLane:
 
     def _logits(self, hidden_RD: Tensor, slot_R: IntArray) -> Tensor:
         head = self._model.head
-        return head.serve(hidden_RD, self._adapters(slot_R), self._together)
+        room_RV = self._room.rows(len(hidden_RD))
+        return head.serve(hidden_RD, self._adapters(slot_R), self._together, room_RV)
 
     def _to(self, array: AnyArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

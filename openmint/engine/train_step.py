@@ -23,6 +23,7 @@ from openmint.engine.runs import Run
 from openmint.kernels import logprobs
 from openmint.layers.adapters import AdapterBatch, AdapterStack, GradientSink
 from openmint.layers.attention import PackedAttention
+from openmint.layers.linear import LogitsRoom
 from openmint.losses.functions import LOSS_FUNCTIONS
 from openmint.losses.spec import LOSSES
 from openmint.models.model import Batch, Model
@@ -106,6 +107,7 @@ class TrainLane:
         self._model, self._lane = model, lane
         self._device = model.head.device
         self._stack = AdapterStack([])
+        self._logits = LogitsRoom(model.head)
 
     def run(self, items: Sequence[Item]) -> None:
         """Forward and, unless all is forward-only, backward of one packed batch."""
@@ -161,6 +163,7 @@ class TrainLane:
                 targets_TK[rows],
                 {name: torch.from_numpy(value[rows]) for name, value in inputs.items()},
                 None if grad_TD is None else grad_TD[rows],
+                self._logits.rows(len(hidden_TD[rows])),
             )
             logprobs_TK[rows], losses_T[rows] = head_chunk(self._model, work, adapters, chunk)
         _hand_out(work, own, logprobs_TK, losses_T)
@@ -171,12 +174,14 @@ class TrainLane:
 
 @dataclass(frozen=True, slots=True)
 class HeadChunk:
-    """Rows whose logits are at hand together; `grad_CD` takes dL/dhidden, None when not wanted."""
+    """Rows whose logits are at hand together, in `room_CV`, if it is given; `grad_CD` takes
+    dL/dhidden, None when not wanted."""
 
     hidden_CD: Tensor
     targets_CK: IntArray
     inputs: dict[str, Tensor]
     grad_CD: Tensor | None
+    room_CV: Tensor | None
 
 
 def head_chunk(
@@ -184,7 +189,7 @@ def head_chunk(
 ) -> tuple[FloatArray, Tensor]:
     """Target log-probabilities `[C, K]` and losses `[C]`; gradients go where they belong."""
     head, targets_CK = model.head, chunk.targets_CK
-    logits_CV, head_hidden_CR = head.forward(chunk.hidden_CD, adapters)
+    logits_CV, head_hidden_CR = head.forward(chunk.hidden_CD, adapters, chunk.room_CV)
     norms_C = logprobs.norms(logits_CV)
     chosen_CK = logits_CV.gather(1, torch.from_numpy(targets_CK).to(logits_CV.device))
     logprobs_CK = chosen_CK.float().cpu() - torch.from_numpy(norms_C)[:, None]

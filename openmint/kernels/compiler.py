@@ -6,7 +6,7 @@ from __future__ import annotations
 try:
     import llvmlite.binding as llvm
     from llvmlite import ir
-    from numba import carray, njit, types
+    from numba import carray, njit, types  # type: ignore[attr-defined]
     from numba.extending import intrinsic, overload
 except ModuleNotFoundError:
     from openmint.kernels.no_compiler import (  # type: ignore[no-redef]

@@ -21,6 +21,8 @@ from openmint.kernels.jit import (
     address,
     as_array,
     float_at,
+    floats,
+    halves,
     inlined,
     int_at,
     kernel,
@@ -47,6 +49,9 @@ from openmint.kernels.tile import (
 
 FEW, MANY = 4, 256
 """Rows of a team's piece of work, of small operations and of products."""
+DEEP = 1024
+"""Pairs of the inner dimension that all rows go through before the next ones, so that their part of
+a panel and of x stays in the second cache; sums wait in memory meanwhile."""
 COLUMN, WIDTH, PART = 0, 1, 2
 """Fields of a panel: its first column of y, how many, and which target of the layer they are."""
 
@@ -147,10 +152,11 @@ def shrink(
     """`h = scale * x @ A` of rows `first..stop`: of all targets for `part < 0`, else of one, whose
     strips follow those of parts with `before` inputs."""
     sums_N8 = np.empty((4, STRIP), np.float32)
+    sums, h, h_stride = address(sums_N8), address(h_TR), 2 * h_TR.shape[1]
     row = first
     while row < stop:
-        slot, rows = int_at(slots.slot_T, row), _alike(slots.slot_T, row, stop)
-        rows = 4 if rows >= 4 else 1
+        slot = int_at(slots.slot_T, row)
+        rows = 4 if _alike(slots.slot_T, row, min(stop, row + 4)) == 4 else 1
         tiles = np.int64(0) if slot < 0 else int_at(slots.shrink_S, slot)
         if tiles != 0:
             rank, scale = int_at(slots.rank_S, slot), float_at(slots.scale_S, slot)
@@ -158,11 +164,15 @@ def shrink(
             start = max(part, 0) * rank
             for s in range(num_strips):
                 place = tiles + 2 * rank * before + s * pairs * 4 * STRIP
-                strip(rows, x + row * x_stride, x_stride, place, pairs, address(sums_N8))
+                strip(rows, x + row * x_stride, x_stride, place, pairs, sums)
+                to = h + row * h_stride + 2 * (start + s * STRIP)
                 for i in range(rows):
-                    h_R, sums_8 = h_TR[row + i], sums_N8[i]
+                    sums_8, h_8 = (
+                        floats(sums + 4 * STRIP * i, STRIP),
+                        halves(to + i * h_stride, STRIP),
+                    )
                     for r in range(STRIP):
-                        h_R[start + s * STRIP + r] = rounded(sums_8[r] * scale, h_TR)
+                        h_8[r] = rounded(sums_8[r] * scale, h_8)
         row += rows
 
 
@@ -183,21 +193,41 @@ def expand(sums: Any, first: Any, rows: Any, panel: Any, part: Any, slots: Any, 
         row += alike
 
 
-@inlined
-def write(rows: Any, sums_N: Any, y_NW: Any, adds: Any) -> None:
-    """The sums to y, or added to what is there."""
-    width = y_NW.shape[1]
+@piece
+def write(rows: Any, sums: Any, y: Any, y_stride: Any, width: Any, adds: Any) -> None:
+    """The sums to y, or added to what is there; addresses, as arrays would be counted."""
     for i in range(rows):
-        if width == PANEL and adds:
-            finish_adding(address(sums_N[i]), address(y_NW[i]))
-        elif width == PANEL:
-            finish(address(sums_N[i]), address(y_NW[i]))
+        from_N, to_W = sums + 4 * PANEL * i, y + y_stride * i
+        if width < PANEL:
+            _write_few(floats(from_N, PANEL), halves(to_W, width), adds)
         elif adds:
-            for n in range(width):
-                y_NW[i, n] = rounded(load(y_NW[i, n]) + load(rounded(sums_N[i, n], y_NW)), y_NW)
+            finish_adding(from_N, to_W)
         else:
-            for n in range(width):
-                y_NW[i, n] = rounded(sums_N[i, n], y_NW)
+            finish(from_N, to_W)
+
+
+@piece
+def _write_few(sums_N: Any, y_W: Any, adds: Any) -> None:
+    for n in range(len(y_W)):
+        value = rounded(sums_N[n], y_W)
+        y_W[n] = rounded(load(y_W[n]) + load(value), y_W) if adds else value
+
+
+@piece
+def _scaled(rows: Any, sums: Any, scale: Any, width: Any) -> None:
+    """The sums of int8 panels times their outputs' scales."""
+    for i in range(rows):
+        sums_W, scale_W = floats(sums + 4 * PANEL * i, width), floats(scale, width)
+        for n in range(width):
+            sums_W[n] *= scale_W[n]
+
+
+@piece
+def _shifted(rows: Any, sums: Any, bias: Any, width: Any) -> None:
+    for i in range(rows):
+        sums_W, bias_W = floats(sums + 4 * PANEL * i, width), floats(bias, width)
+        for n in range(width):
+            sums_W[n] += bias_W[n]
 
 
 @piece
@@ -214,37 +244,39 @@ def panel(
     y_TO: Any,
     adds: Any,
 ) -> None:
-    """Columns of one panel of y, rows `first..stop`; to what is there, if `adds`."""
-    sums_N = np.empty((MOST_ROWS, PANEL), np.float32)
-    sums, pairs = address(sums_N), weights.num_in // 2
-    bias_O, scale_O, is_int8 = weights.bias_O, weights.scale_O, len(weights.scale_O) > 0
+    """Columns of one panel of y, rows `first..stop`, MANY at most; to what is there, if `adds`."""
+    sums_NP = np.empty((stop - first, PANEL), np.float32)
+    all_sums, pairs, is_int8 = address(sums_NP), weights.num_in // 2, len(weights.scale_O) > 0
     column, width = weights.panels_P3[index, COLUMN], weights.panels_P3[index, WIDTH]
-    y_TW, h = y_TO[:, column : column + width], (address(h_TR), 2 * h_TR.shape[1])
+    y_stride, h = 2 * y_TO.shape[1], (address(h_TR), 2 * h_TR.shape[1])
+    y, bias = address(y_TO) + 2 * column, address(weights.bias_O) + 4 * column
+    scale = address(weights.scale_O) + 4 * column
     stride = 2 * PANEL if is_int8 else 4 * PANEL
-    panel_bytes = pairs * stride
-    w = weights.address + index * panel_bytes
-    has_adapters, tiles = slots.slot_T != 0, (stop - first + MOST_ROWS - 1) // MOST_ROWS
-    row = first
-    for t in range(tiles):
-        rows = (stop - row + tiles - t - 1) // (tiles - t)
-        # The panel after the next, as a team of two takes turns, while this one is computed with.
-        ahead = w + 2 * panel_bytes + min(t, 3) * pairs * 64
-        here = x + row * x_stride
-        if is_int8:
-            byte_tile(rows, here, x_stride, w, stride, pairs, sums, 4 * PANEL, ahead)
-            for i in range(rows):
-                for n in range(width):
-                    sums_N[i, n] *= scale_O[column + n]
-        else:
-            tile(rows, here, x_stride, w, stride, pairs, sums, 4 * PANEL, ahead)
-        if has_adapters:
-            expand(sums, row, rows, index, part, slots, h)
-        if len(bias_O):
-            for i in range(rows):
-                for n in range(width):
-                    sums_N[i, n] += bias_O[column + n]
-        write(rows, sums_N, y_TW[row : row + rows], adds)
-        row += rows
+    w = weights.address + index * pairs * stride
+    has_adapters, has_bias = slots.slot_T != 0, len(weights.bias_O) > 0
+    tiles = (stop - first + MOST_ROWS - 1) // MOST_ROWS
+    deep = pairs if is_int8 else DEEP
+    for start in range(0, pairs, deep):
+        row, depth, here = first, min(deep, pairs - start), w + start * stride
+        for t in range(tiles):
+            rows = (stop - row + tiles - t - 1) // (tiles - t)
+            # The panel after the next, as a team of two takes turns, while this one is multiplied.
+            ahead = here + (2 * stride + min(t, 3) * 64) * pairs
+            own, sums = x + row * x_stride + 4 * start, all_sums + (row - first) * 4 * PANEL
+            if is_int8:
+                byte_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, ahead)
+                _scaled(rows, sums, scale, width)
+            elif start == 0:
+                tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, ahead)
+            else:
+                add_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, ahead)
+            if start + depth == pairs:
+                if has_adapters:
+                    expand(sums, row, rows, index, part, slots, h)
+                if has_bias:
+                    _shifted(rows, sums, bias, width)
+                write(rows, sums, y + row * y_stride, y_stride, width, adds)
+            row += rows
 
 
 @piece
@@ -285,9 +317,11 @@ def product(x_TI: Any, weights: Any, slots: Any, h_TR: Any, y_TO: Any, adds: Any
     x, num_tokens, num_in = address(x_TI), x_TI.shape[0], x_TI.shape[1]
     if slots.slot_T != 0:
         shrink(x, 2 * num_in, num_in // 2, 0, num_tokens, slots, h_TR, -1, 0)
-    for p in range(len(weights.panels_P3)):
-        part = weights.panels_P3[p, PART]
-        panel(x, 2 * num_in, 0, num_tokens, weights, p, part, slots, h_TR, y_TO, adds)
+    for first in range(0, num_tokens, MANY):
+        stop = min(first + MANY, num_tokens)
+        for p in range(len(weights.panels_P3)):
+            part = weights.panels_P3[p, PART]
+            panel(x, 2 * num_in, first, stop, weights, p, part, slots, h_TR, y_TO, adds)
 
 
 @piece
@@ -307,9 +341,11 @@ def product_back(
 ) -> None:
     """dL/dx of `product`. `ends_N` are the columns of y where its parts end."""
     shrink_back(grad_TO, ends_N, slots, grad_h_TR)
-    x, x_stride = address(grad_TO), 2 * grad_TO.shape[1]
-    for p in range(len(weights.panels_P3)):
-        panel(x, x_stride, 0, len(grad_TO), weights, p, -1, slots, grad_h_TR, grad_x_TI, False)
+    x, x_stride, num_tokens = address(grad_TO), 2 * grad_TO.shape[1], len(grad_TO)
+    for first in range(0, num_tokens, MANY):
+        stop = min(first + MANY, num_tokens)
+        for p in range(len(weights.panels_P3)):
+            panel(x, x_stride, first, stop, weights, p, -1, slots, grad_h_TR, grad_x_TI, False)
 
 
 @kernel
@@ -400,18 +436,18 @@ def add_outer_(
 
 def forward(
     x_TI: Tensor,
-    num_out: int,
+    y_TO: Tensor,
     weights: Weights,
     slots: Slots,
     num_rows: int,
     together: Together = alone,
-) -> tuple[Tensor, Tensor]:
-    """`y_TO`, and the adapters' `h_TR`, R being `num_rows`, which the backward pass wants again."""
-    y_TO, h_TR = x_TI.new_empty(len(x_TI), num_out), x_TI.new_zeros(len(x_TI), num_rows)
+) -> Tensor:
+    """Writes `y_TO`. The adapters' `h_TR`, R being `num_rows`, is what backward wants again."""
+    h_TR = x_TI.new_zeros(len(x_TI), num_rows)
     counters, arrays = team(2), (as_array(x_TI), as_array(y_TO), as_array(h_TR))
     x, y, h = arrays
     together(lambda: _forward(counters, x, weights, slots, y, h))
-    return y_TO, h_TR
+    return h_TR
 
 
 def backward(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openmint.errors import InvalidRequest
 from openmint.kernels import linear as tiled
-from openmint.kernels.team import Together
+from openmint.kernels.team import Together, alone
 from openmint.kernels.tile import IS_AVAILABLE, STRIP
 from openmint.layers.adapters import AdapterBatch, Direction, GradientSink, LoraDelta
 from openmint.types import TargetGroup, TargetModule
@@ -64,13 +64,22 @@ class LoraLinear:
             return out
         return self.forward(x_TI, adapters)[0]
 
-    def forward(self, x_TI: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, Tensor | None]:
-        """`y_TO`, and the adapters' hidden values, which the backward pass wants again."""
+    def forward(
+        self, x_TI: Tensor, adapters: AdapterBatch | None, out_TO: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`y_TO`, in `out_TO` if that is of use, and the adapters' hidden values, which the
+        backward pass wants again."""
         raise NotImplementedError
 
-    def serve(self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together) -> Tensor:
+    def serve(
+        self,
+        x_TI: Tensor,
+        adapters: AdapterBatch | None,
+        together: Together,
+        out_TO: Tensor | None = None,
+    ) -> Tensor:
         """`y_TO` for sampling, by threads that may share the work."""
-        return self.forward(x_TI, adapters)[0]
+        return self.forward(x_TI, adapters, out_TO)[0]
 
     def backward(
         self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
@@ -90,7 +99,9 @@ class TorchLinear(LoraLinear):
         biases = [bias for _, _, bias in parts if bias is not None]
         self._bias_O = torch.cat(biases) if biases else None
 
-    def forward(self, x_TI: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_TI: Tensor, adapters: AdapterBatch | None, out_TO: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         y_TO = F.linear(x_TI, self.weight_OI, self._bias_O)
         delta = adapters.delta(self.group, self.paths) if adapters else None
         if delta is None:
@@ -156,15 +167,32 @@ class TiledLinear(LoraLinear):
         is_bf16 = all(w.device.type == "cpu" and w.dtype == torch.bfloat16 for w in weights)
         return IS_AVAILABLE and is_bf16 and all(n % STRIP == 0 for w in weights for n in w.shape)
 
-    def forward(self, x_TI: Tensor, adapters: AdapterBatch | None) -> tuple[Tensor, Tensor | None]:
-        slots, num_rows = self._slots(adapters, "forth")
-        x_TI = x_TI.contiguous()
-        return tiled.forward(x_TI, self.num_out, self.forth, slots, num_rows)
+    def forward(
+        self, x_TI: Tensor, adapters: AdapterBatch | None, out_TO: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._run(self.forth, x_TI, adapters, alone, out_TO)
 
-    def serve(self, x_TI: Tensor, adapters: AdapterBatch | None, together: Together) -> Tensor:
+    def serve(
+        self,
+        x_TI: Tensor,
+        adapters: AdapterBatch | None,
+        together: Together,
+        out_TO: Tensor | None = None,
+    ) -> Tensor:
+        return self._run(self.serving, x_TI, adapters, together, out_TO)[0]
+
+    def _run(
+        self,
+        weights: tiled.Weights,
+        x_TI: Tensor,
+        adapters: AdapterBatch | None,
+        together: Together,
+        out_TO: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         slots, num_rows = self._slots(adapters, "forth")
-        x_TI = x_TI.contiguous()
-        return tiled.forward(x_TI, self.num_out, self.serving, slots, num_rows, together)[0]
+        y_TO = x_TI.new_empty(len(x_TI), self.num_out) if out_TO is None else out_TO
+        h_TR = tiled.forward(x_TI.contiguous(), y_TO, weights, slots, num_rows, together)
+        return y_TO, h_TR
 
     def backward(
         self, grad_TO: Tensor, x_TI: Tensor, h_TR: Tensor | None, adapters: AdapterBatch | None
@@ -197,6 +225,23 @@ class TiledLinear(LoraLinear):
             first = i * tiled.padded(len(grad_a_RI))
             tiled.add_outer_(grad_a_RI, grad_h_TR, first, x_TI, 0, rows)
             tiled.add_outer_(grad_b_RO, h_TR, first, grad_TO, part.start, rows)
+
+
+class LogitsRoom:
+    """Memory for logits, kept from one batch to the next: on CPUs fresh memory of that size would
+    have to be cleared by the operating system first, a quarter of the product's time."""
+
+    def __init__(self, head: LoraLinear) -> None:
+        self._head = head
+        self._room_RV: Tensor | None = None
+
+    def rows(self, count: int) -> Tensor | None:
+        """Room for so many rows, until it is asked for again; None where torch keeps memory."""
+        if not isinstance(self._head, TiledLinear):
+            return None
+        if self._room_RV is None or len(self._room_RV) < count:
+            self._room_RV = torch.empty(count, self._head.num_out, dtype=self._head.dtype)
+        return self._room_RV[:count]
 
 
 def lora_linear(
