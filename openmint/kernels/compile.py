@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from openmint.kernels import (
+    adapter_tiles,
     attend,
     dense,
     dense_step,
@@ -60,6 +61,8 @@ def _compile_tiles() -> None:
     h_TR = torch.ones(1, 8, dtype=torch.bfloat16)
     h_TR = torch.ones(1, 8, dtype=torch.bfloat16)
     linear.add_outer_(torch.zeros(8, 32), h_TR, 0, y_TO, 0, slice(0, 1))
+    adapter = adapter_tiles.plan(1, [[adapter_tiles.Target(0, 16, 16, 16)]], "forth")
+    adapter_tiles.lay_out(torch.ones(32, dtype=torch.bfloat16), adapter)
     _compile_steps(memory, panels_P3)
 
 

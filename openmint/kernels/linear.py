@@ -43,7 +43,6 @@ from openmint.kernels.tile import (
     outer,
     panels,
     strip,
-    strips,
     tile,
 )
 
@@ -100,32 +99,6 @@ def to_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as int8 and a float32 scale each: the largest of a row becomes 127."""
     scale_O = weight_OI.float().abs().amax(dim=1).clamp(min=1e-12) / 127
     return (weight_OI.float() / scale_O[:, None]).round().to(torch.int8), scale_O
-
-
-Targets = Sequence[tuple[Tensor, Tensor]]
-"""`(A_RI, B_RO)` of targets that share an input."""
-
-
-def padded(rank: int) -> int:
-    """Rows of one target: whole strips."""
-    return -(-rank // STRIP) * STRIP
-
-
-def pack_forth(targets: Targets) -> tuple[Tensor, Tensor]:
-    """Strips that shrink x, and panels that expand into y: of each target's A, of each one's B."""
-    whole = [(_whole(a_RI), _whole(b_RO)) for a_RI, b_RO in targets]
-    return strips(torch.cat([a for a, _ in whole])), pack([b.t() for _, b in whole])[0]
-
-
-def pack_back(targets: Targets) -> tuple[Tensor, Tensor]:
-    """Strips that shrink dL/dy, part by part, and panels that expand into dL/dx."""
-    whole = [(_whole(a_RI), _whole(b_RO)) for a_RI, b_RO in targets]
-    shrinking = torch.cat([strips(b).flatten() for _, b in whole])
-    return shrinking, pack([torch.cat([a for a, _ in whole]).t()])[0]
-
-
-def _whole(rows_RN: Tensor) -> Tensor:
-    return torch.nn.functional.pad(rows_RN, (0, 0, 0, -len(rows_RN) % STRIP))
 
 
 @piece

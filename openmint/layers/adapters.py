@@ -18,23 +18,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openmint.kernels import linear as tiled
+from openmint.kernels.adapter_tiles import Direction, Plan, Target, lay_out, padded, plan
 from openmint.kernels.choice import use_triton
 from openmint.kernels.tile import IS_AVAILABLE
 from openmint.types import Digest, IntArray, LoraSpec, TargetGroup, TargetModule
 
-Direction = Literal["forth", "back"]
-"""Which way a linear layer runs."""
-
 if TYPE_CHECKING:
     from openmint.kernels.segmented import Segments
     from openmint.layers.segmented import AdapterTable, SegmentedDelta
+
+
+Fused = tuple[str, ...]
+"""Paths of targets that share an input."""
+
+
+class Tiles(NamedTuple):
+    """Addresses of an adapter's strips and panels in one linear layer, and the memory that they
+    are in."""
+
+    strips: int
+    panels: int
+    words_W: Tensor
 
 
 class AdapterLayout:
@@ -44,6 +55,18 @@ class AdapterLayout:
         self.spec = spec
         self.targets = tuple(targets)
         self.num_params = sum(spec.rank * (t.num_in + t.num_out) for t in self.targets)
+        self._plans: dict[tuple[tuple[Fused, ...], Direction], Plan] = {}
+
+    def plan(self, layers: tuple[Fused, ...], direction: Direction) -> Plan:
+        """Where the tiles of these linear layers go; made once."""
+        if (layers, direction) not in self._plans:
+            rank, starts, at = self.spec.rank, {}, 0
+            for t in self.targets:
+                starts[t.path] = Target(at, at + rank * t.num_in, t.num_in, t.num_out)
+                at += rank * (t.num_in + t.num_out)
+            targets = [[starts[path] for path in paths] for paths in layers]
+            self._plans[layers, direction] = plan(rank, targets, direction)
+        return self._plans[layers, direction]
 
     def views(self, flat_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """`path -> (A_RI, B_RO)`, views that share the vector's memory."""
@@ -72,24 +95,35 @@ class AdapterWeights:
         self.spec = layout.spec
         self.flat_P = flat_P
         self.views = layout.views(flat_P)
-        self._tiles: dict[tuple[tuple[str, ...], Direction], tuple[Tensor, Tensor]] = {}
+        self._tiles: dict[tuple[Fused, Direction], Tiles] = {}
 
-    def tiles(self, paths: tuple[str, ...], direction: Direction) -> tuple[Tensor, Tensor]:
+    def tiles(self, paths: Fused, direction: Direction) -> Tiles:
         """The strips and panels of targets with one input, made once; kept as long as the adapter.
 
-        Threads may ask at once: all of them get the same.
+        Threads may ask at once.
         """
-        key = (paths, direction)
-        if key not in self._tiles:
-            pack = tiled.pack_forth if direction == "forth" else tiled.pack_back
-            self._tiles.setdefault(key, pack([self.views[path] for path in paths]))
-        return self._tiles[key]
+        if (paths, direction) not in self._tiles:
+            self.lay_out([paths], direction)
+        return self._tiles[paths, direction]
+
+    def lay_out(self, layers: Sequence[Fused], direction: Direction) -> None:
+        """Make the tiles of many linear layers in one go; of those that the adapter has."""
+        having = tuple(
+            p for p in layers if p[0] in self.views and (p, direction) not in self._tiles
+        )
+        if having:
+            plan = self.layout.plan(having, direction)
+            words_W = lay_out(self.flat_P, plan)
+            for paths, (strips, panels) in zip(having, plan.places, strict=True):
+                start = words_W.data_ptr()
+                tiles = Tiles(start + 4 * strips, start + 4 * panels, words_W)
+                self._tiles.setdefault((paths, direction), tiles)
 
     @property
     def num_bytes(self) -> int:
         """Its vector, and its tiles of the forward pass where sampling lays them out."""
         is_tiled = self.flat_P.device.type == "cpu" and self.flat_P.dtype == torch.bfloat16
-        rows = self.spec.rank + (tiled.padded(self.spec.rank) if is_tiled and IS_AVAILABLE else 0)
+        rows = self.spec.rank + (padded(self.spec.rank) if is_tiled and IS_AVAILABLE else 0)
         return self.flat_P.nbytes * rows // self.spec.rank
 
 
@@ -147,7 +181,7 @@ class AdapterStack:
 
     def padded_rank(self, slot: int) -> int:
         """Rows of one target in the tiles of a slot's adapter."""
-        return tiled.padded(self.adapters[slot].spec.rank)
+        return padded(self.adapters[slot].spec.rank)
 
     def addresses(self, paths: tuple[str, ...], direction: Direction) -> tuple[IntArray, IntArray]:
         """Where each slot's strips and panels of these targets are; 0 where it has none."""
@@ -156,8 +190,8 @@ class AdapterStack:
             shrink_S, expand_S = np.zeros((2, len(self.adapters)), np.int64)
             for slot, adapter in enumerate(self.adapters):
                 if paths[0] in adapter.views:
-                    strips, panels = adapter.tiles(paths, direction)
-                    shrink_S[slot], expand_S[slot] = strips.data_ptr(), panels.data_ptr()
+                    tiles = adapter.tiles(paths, direction)
+                    shrink_S[slot], expand_S[slot] = tiles.strips, tiles.panels
             self._addresses[key] = (shrink_S, expand_S)
         return self._addresses[key]
 
@@ -166,6 +200,8 @@ class AdapterStack:
     ) -> tuple[IntArray, IntArray]:
         """`addresses` of many layers, `[N, S]` each; made once for each direction."""
         if direction not in self._all_addresses:
+            for adapter in self.adapters:
+                adapter.lay_out([layer.paths for layer in layers], direction)
             both = [self.addresses(layer.paths, direction) for layer in layers]
             joined = np.stack([s for s, _ in both]), np.stack([e for _, e in both])
             self._all_addresses[direction] = joined

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from openmint.errors import InvalidRequest
 from openmint.kernels import linear as tiled
+from openmint.kernels.adapter_tiles import Direction, padded
 from openmint.kernels.team import Together, alone
 from openmint.kernels.tile import IS_AVAILABLE, STRIP
-from openmint.layers.adapters import AdapterBatch, Direction, GradientSink, LoraDelta
+from openmint.layers.adapters import AdapterBatch, GradientSink, LoraDelta
 from openmint.types import TargetGroup, TargetModule
 
 _InMemory = tuple[tiled.Weights, Tensor]
@@ -222,7 +223,7 @@ class TiledLinear(LoraLinear):
         grad_TO, x_TI, h_TR, grad_h_TR = of_all
         for i, part in enumerate(self.parts):
             grad_a_RI, grad_b_RO = sink.views(slot)[part.path]
-            first = i * tiled.padded(len(grad_a_RI))
+            first = i * padded(len(grad_a_RI))
             tiled.add_outer_(grad_a_RI, grad_h_TR, first, x_TI, 0, rows)
             tiled.add_outer_(grad_b_RO, h_TR, first, grad_TO, part.start, rows)
 

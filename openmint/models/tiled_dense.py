@@ -14,9 +14,10 @@ from torch import Tensor
 
 from openmint.kernels import dense, dense_step
 from openmint.kernels import linear as tiled
+from openmint.kernels.adapter_tiles import Direction
 from openmint.kernels.jit import F32, as_array
 from openmint.kernels.team import team
-from openmint.layers.adapters import AdapterBatch, Direction
+from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import NO_WINDOW, TiledPages
 from openmint.layers.linear import LoraLinear, TiledLinear
 from openmint.types import AnyArray

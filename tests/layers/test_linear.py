@@ -243,7 +243,7 @@ def test_an_adapters_size_counts_the_tiles_that_sampling_reads() -> None:
     attn = sum(view.nbytes for path in PATHS for view in adapter.views[path])
     # Panels of this layer are padded to 64 outputs; those of real layers hardly are.
     assert adapter.num_bytes == 2 * adapter.flat_P.nbytes
-    assert attn <= sum(each.nbytes for each in tiles) <= 2 * attn
+    assert attn <= tiles.words_W.nbytes <= 2 * attn
     assert ADAPTERS[3].num_bytes == ADAPTERS[3].flat_P.nbytes
 
 
