@@ -106,13 +106,32 @@ def _narrowed(typing_context: Any, value: Any) -> Any:
 
 @intrinsic
 def address(typing_context: Any, array: Any) -> Any:
-    """Where an array's memory begins."""
+    """Where an array's memory begins. Of a local array only while later lines name it; `scratch`
+    is for the others."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         view = context.make_array(signature.args[0])(context, builder, arguments[0])
         return builder.ptrtoint(view.data, ir.IntType(64))
 
     return types.intp(array), generate
+
+
+def scratch(size: int) -> Any:
+    """A function for kernels: the address of so many bytes of the caller's stack, on whole cache
+    lines. An array's memory is given back after the last line that names the array, whoever still
+    holds its address; this lives as long as its caller."""
+
+    @intrinsic
+    def room(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            with builder.goto_entry_block():
+                memory = builder.alloca(ir.ArrayType(ir.IntType(8), size))
+                memory.align = 64
+            return builder.ptrtoint(memory, ir.IntType(64))
+
+        return types.intp(), generate
+
+    return room
 
 
 @intrinsic

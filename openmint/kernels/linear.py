@@ -29,6 +29,7 @@ from openmint.kernels.jit import (
     load,
     piece,
     rounded,
+    scratch,
 )
 from openmint.kernels.team import Together, alone, share, team
 from openmint.kernels.tile import (
@@ -51,6 +52,7 @@ FEW, MANY = 4, 256
 DEEP = 1024
 """Pairs of the inner dimension that all rows go through before the next ones, so that their part of
 a panel and of x stays in the second cache; sums wait in memory meanwhile."""
+_strip_sums, _panel_sums = scratch(4 * 4 * STRIP), scratch(4 * MANY * PANEL)
 COLUMN, WIDTH, PART = 0, 1, 2
 """Fields of a panel: its first column of y, how many, and which target of the layer they are."""
 
@@ -124,8 +126,7 @@ def shrink(
 ) -> None:
     """`h = scale * x @ A` of rows `first..stop`: of all targets for `part < 0`, else of one, whose
     strips follow those of parts with `before` inputs."""
-    sums_N8 = np.empty((4, STRIP), np.float32)
-    sums, h, h_stride = address(sums_N8), address(h_TR), 2 * h_TR.shape[1]
+    sums, h, h_stride = _strip_sums(), address(h_TR), 2 * h_TR.shape[1]
     row = first
     while row < stop:
         slot = int_at(slots.slot_T, row)
@@ -218,8 +219,7 @@ def panel(
     adds: Any,
 ) -> None:
     """Columns of one panel of y, rows `first..stop`, MANY at most; to what is there, if `adds`."""
-    sums_NP = np.empty((stop - first, PANEL), np.float32)
-    all_sums, pairs, is_int8 = address(sums_NP), weights.num_in // 2, len(weights.scale_O) > 0
+    all_sums, pairs, is_int8 = _panel_sums(), weights.num_in // 2, len(weights.scale_O) > 0
     column, width = weights.panels_P3[index, COLUMN], weights.panels_P3[index, WIDTH]
     y_stride, h = 2 * y_TO.shape[1], (address(h_TR), 2 * h_TR.shape[1])
     y, bias = address(y_TO) + 2 * column, address(weights.bias_O) + 4 * column

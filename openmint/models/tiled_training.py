@@ -51,7 +51,9 @@ class TiledTraining:
         hidden_TD: Tensor = _Trained.apply(x_TD, self, positions_T, batch)
         return hidden_TD
 
-    def run(self, x_TD: Tensor, positions_T: Tensor, batch: Batch, goes_back: bool) -> _Passed:
+    def run(
+        self, x_TD: Tensor, positions_T: Tensor, batch: Batch, goes_back: bool
+    ) -> tuple[Tensor, _Passed]:
         """The forward pass."""
         assert isinstance(batch.attention, PackedAttention)
         cos_TD, sin_TD = self._rotary.at(positions_T, x_TD.dtype)
@@ -65,7 +67,7 @@ class TiledTraining:
         dense_train.forward(
             self._forth, self._stack, adapters, tokens, tape, room, as_array(normed_TD)
         )
-        return _Passed(normed_TD, tokens, tape, room, memory)
+        return normed_TD, _Passed(tokens, tape, room, memory)
 
     def run_back(self, passed: _Passed, grad_normed_TD: Tensor, batch: AdapterBatch | None) -> None:
         """The backward pass: adapters' gradients go to the batch's sink."""
@@ -172,9 +174,9 @@ class TiledTraining:
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
-    """What a forward pass leaves for the way back, and the memory that it is in."""
+    """What a forward pass leaves for the way back, and the memory that it is in. The result is not
+    part of it: autograd's node would hold its own output, and neither would ever be let go."""
 
-    normed_TD: Tensor
     tokens: dense_train.Tokens
     tape: dense_train.Tape
     room: dense_train.Room
@@ -188,11 +190,12 @@ class _Trained(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, training: TiledTraining, positions_T: Tensor, batch: Batch
     ) -> Tensor:
-        passed = training.run(x_TD, positions_T, batch, goes_back=x_TD.requires_grad)
-        if not x_TD.requires_grad:
+        normed_TD, passed = training.run(x_TD, positions_T, batch, goes_back=x_TD.requires_grad)
+        if x_TD.requires_grad:
+            ctx.call = (training, passed, batch)
+        else:
             training.give_back(passed)
-        ctx.call = (training, passed, batch)
-        return passed.normed_TD
+        return normed_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:

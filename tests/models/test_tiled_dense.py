@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,10 @@ MILD = (LoraSpec(1, 1.0), LoraSpec(20, 10.0, train_mlp=False), LoraSpec(8, 4.0, 
 """Small enough that rounding isn't blown up on the way through the layers."""
 SPECS = (LoraSpec(1), LoraSpec(20, 10.0, train_mlp=False), LoraSpec(8, train_attn=False))
 CPU = torch.device("cpu")
+HIDDEN: list[weakref.ref[Tensor]] = []
+"""What forward passes gave."""
+HEAP_WATCH = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")
+"""glibc's own; it ends a process that wrote where it had no memory."""
 
 
 def saved(family: str, directory: Path) -> Path:
@@ -175,6 +183,7 @@ def gradients(model: Model, lengths: Sequence[int], dtype: torch.dtype) -> list[
     batch = Batch(PackedAttention(lengths, CPU, model.window), adapters)
     hidden_TD = model.forward(tokens_T, positions_T, batch)
     hidden_TD.backward(grad_TD.to(dtype))
+    HIDDEN.append(weakref.ref(hidden_TD))
     return [*sinks, hidden_TD.detach().float()]
 
 
@@ -194,3 +203,42 @@ def test_gradients_are_the_same_to_the_bit_whoever_stands_beside(
     beside, by_itself = (gradients(model, n, torch.bfloat16)[0] for n in (LONGER, LONGER[:1]))
     assert by_itself.abs().max() > 0
     assert torch.equal(beside, by_itself)
+
+
+def test_nothing_of_a_step_outlives_it(tmp_path: Path) -> None:
+    gradients(loaded(saved("llama", tmp_path)), LONGER, torch.bfloat16)
+    assert HIDDEN[-1]() is None
+
+
+@pytest.mark.skipif(not HEAP_WATCH.exists(), reason="no checking allocator on this machine")
+def test_steps_beside_each_other_write_only_to_memory_that_is_theirs(tmp_path: Path) -> None:
+    saved("qwen3", tmp_path)
+    watched = {"LD_PRELOAD": str(HEAP_WATCH), "GLIBC_TUNABLES": "glibc.malloc.check=3"}
+    command = [sys.executable, "-c", BESIDE_EACH_OTHER, str(tmp_path)]
+    ran = subprocess.run(
+        command, env={**os.environ, **watched}, capture_output=True, text=True, timeout=300
+    )
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
+BESIDE_EACH_OTHER = """
+import sys, threading
+from pathlib import Path
+import torch
+from tests.models.test_tiled_dense import LONGER, adapters_of, alone, by_steps, gradients, loaded
+torch.set_num_threads(1)
+model = loaded(Path(sys.argv[1]))
+tokens = [torch.arange(n) for n in (23, 1, 40, 17, 9)]
+def train():
+    for _ in range(10):
+        gradients(model, LONGER, torch.bfloat16)
+def sample():
+    for _ in range(10):
+        by_steps(model, tokens, adapters_of(model), alone)
+threads = [threading.Thread(target=each) for each in (train, sample, train)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("done")
+"""
