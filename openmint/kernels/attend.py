@@ -101,7 +101,7 @@ def attend(
                 quad(rows, q, 2 * width, here, second, third, last, stride, depth, out, row)
                 b += 4
             else:
-                slim_tile(rows, q, 2 * width, here, 4 * BLOCK, width // 2, out, row, here)
+                slim_tile(rows, q, 2 * width, here, 4 * BLOCK, width // 2, out, row)
                 b += 1
     for i in range(len(q_ID)):
         probs_N = probs_IN[i]
@@ -134,8 +134,8 @@ def add_values(
     while column < width:
         here, there = values + 4 * column, out + 4 * column
         if width - column >= PANEL:
-            add_tile(rows, probs, stride, here, 4 * width, depth, there, 4 * width, here)
+            add_tile(rows, probs, stride, here, 4 * width, depth, there, 4 * width)
             column += PANEL
         else:
-            add_slim_tile(rows, probs, stride, here, 4 * width, depth, there, 4 * width, here)
+            add_slim_tile(rows, probs, stride, here, 4 * width, depth, there, 4 * width)
             column += BLOCK

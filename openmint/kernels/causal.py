@@ -102,7 +102,7 @@ def forward(heads_TW: Any, first: Any, stop: Any, heads: Any, kept: Any, out_TW:
                 low = max(0, row - heads.window + 1)
                 for b in range(low // PANEL, (row + rows + PANEL - 1) // PANEL):
                     keys, to = address(keys_B[b]), scores + 4 * PANEL * b
-                    tile(rows, q, stride, keys, 4 * PANEL, width // 2, to, row_bytes, keys)
+                    tile(rows, q, stride, keys, 4 * PANEL, width // 2, to, row_bytes)
                 low, high = low // 2 * 2, (row + rows + 1) // 2 * 2
                 for r in range(rows):
                     at, probs_N = row + r, probs_RN[r]
@@ -255,8 +255,8 @@ def _keys(
     q_pairs, grad_pairs = address(block.q_PD), address(block.grad_PD)
     for key in range(low, end, MOST_ROWS):
         rows, here = min(MOST_ROWS, end - key), x + key * stride
-        tile(rows, here + 2 * k_column, stride, q, 4 * PANEL, depth, scores, 4 * PANEL, q)
-        tile(rows, here + 2 * v_column, stride, grad, 4 * PANEL, depth, slopes, 4 * PANEL, grad)
+        tile(rows, here + 2 * k_column, stride, q, 4 * PANEL, depth, scores, 4 * PANEL)
+        tile(rows, here + 2 * v_column, stride, grad, 4 * PANEL, depth, slopes, 4 * PANEL)
         for r in range(rows):
             to_probs, to_slope = probs + 2 * PANEL * r, rounded_slopes + 2 * PANEL * r
             here = 4 * PANEL * r
@@ -316,4 +316,4 @@ def _add_queries(keys_DN: Any, low: Any, slopes_PM: Any, depth: Any, grad_q_DM: 
     stride, slopes = 2 * keys_DN.shape[1], address(slopes_PM[low // 2])
     for d in range(0, len(keys_DN), MOST_ROWS):
         rows, keys = min(MOST_ROWS, len(keys_DN) - d), address(keys_DN[d]) + 2 * low
-        tile(rows, keys, stride, slopes, 4 * PANEL, depth, address(grad_q_DM[d]), 4 * PANEL, slopes)
+        tile(rows, keys, stride, slopes, 4 * PANEL, depth, address(grad_q_DM[d]), 4 * PANEL)

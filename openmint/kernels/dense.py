@@ -92,9 +92,8 @@ def slots_of(adapters: Any, layer: Any) -> Any:
 @piece
 def _slots(adapters: Any, n: Any, num_parts: Any) -> Any:
     a, skipped = adapters, 8 * n * adapters.num_slots
-    return Slots(
-        a.slot_T, a.shrink_NS + skipped, a.expand_NS + skipped, a.rank_S, a.scale_S, num_parts
-    )
+    shrink_S, expand_S = a.shrink_NS + skipped, a.expand_NS + skipped
+    return Slots(a.slot_T, shrink_S, expand_S, a.rank_S, a.scale_S, num_parts, 0, 0, 0)
 
 
 @piece

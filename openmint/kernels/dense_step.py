@@ -15,7 +15,7 @@ from openmint.kernels import norm, rotary, swiglu
 from openmint.kernels.attend import BLOCK, attend, place
 from openmint.kernels.dense import norm_heads, slots_of, weights_of
 from openmint.kernels.jit import F32, kernel, piece, rounded
-from openmint.kernels.linear import FEW, multiply, num_products, shrink_few
+from openmint.kernels.linear import FEW, followed, multiply, num_products, shrink_few
 from openmint.kernels.team import share
 
 PHASES = 10
@@ -72,6 +72,12 @@ def step(
         phase, cache = layer * PHASES, (keys_LB[layer], values_LB[layer])
         qkv, out, gate_up, down = weights_of(linears, layer)
         to_qkv, to_out, to_gate_up, to_down = slots_of(adapters, layer)
+        following = (layer + 1) % len(keys_LB)
+        next_qkv, to_next_qkv = weights_of(linears, following)[0], slots_of(adapters, following)[0]
+        to_qkv = followed(to_qkv, qkv, to_out, out)
+        to_out = followed(to_out, out, to_gate_up, gate_up)
+        to_gate_up = followed(to_gate_up, gate_up, to_down, down)
+        to_down = followed(to_down, down, to_next_qkv, next_qkv)
 
         before = (room, stack.input_norm_LD[layer], stack.eps, to_qkv)
         share(team, phase, few, _norm_and_shrink, before)

@@ -160,6 +160,12 @@ def words(address: Any, count: Any) -> Any:
     return carray(_pointer(address), count, np.uint32)
 
 
+@inlined
+def ints(address: Any, count: Any) -> Any:
+    """int64 memory as an array that nobody counts."""
+    return carray(_pointer(address), count, np.int64)
+
+
 @intrinsic
 def int_at(typing_context: Any, address: Any, index: Any) -> Any:
     """An element of int64 memory. Arrays in tuples are counted at each use; addresses aren't."""

@@ -25,6 +25,7 @@ from openmint.kernels.jit import (
     halves,
     inlined,
     int_at,
+    ints,
     kernel,
     load,
     piece,
@@ -44,7 +45,7 @@ from openmint.kernels.tile import (
     outer,
     panels,
     strip,
-    tile,
+    weight_tile,
 )
 
 FEW, MANY = 4, 256
@@ -52,6 +53,9 @@ FEW, MANY = 4, 256
 DEEP = 1024
 """Pairs of the inner dimension that all rows go through before the next ones, so that their part of
 a panel and of x stays in the second cache; sums wait in memory meanwhile."""
+LIST = 4096
+"""Most cache lines that a panel lists to be brought near."""
+_lines = scratch(8 * LIST)
 _strip_sums, _panel_sums = scratch(4 * 4 * STRIP), scratch(4 * MANY * PANEL)
 COLUMN, WIDTH, PART = 0, 1, 2
 """Fields of a panel: its first column of y, how many, and which target of the layer they are."""
@@ -83,6 +87,29 @@ class Slots(NamedTuple):
     scale_S: int
     """float32."""
     num_parts: int
+    next_shrink_S: int = 0
+    """Of the linear layer that comes next, if it is brought near meanwhile; as its `expand_S`."""
+    next_expand_S: int = 0
+    next_bytes: int = 0
+    """Of its strips that each panel has brought near, for each row of a target; 0 for none."""
+
+
+@piece
+def followed(slots: Any, weights: Any, next_slots: Any, next_weights: Any) -> Any:
+    """The slots of a linear layer that has those of the next one brought near."""
+    num_panels = len(weights.panels_P3)
+    next_bytes = 2 * next_slots.num_parts * next_weights.num_in
+    return Slots(
+        slots.slot_T,
+        slots.shrink_S,
+        slots.expand_S,
+        slots.rank_S,
+        slots.scale_S,
+        slots.num_parts,
+        next_slots.shrink_S,
+        next_slots.expand_S,
+        (next_bytes + num_panels - 1) // num_panels,
+    )
 
 
 def pack(parts_OI: Sequence[Tensor]) -> tuple[Tensor, Any]:
@@ -163,8 +190,50 @@ def expand(sums: Any, first: Any, rows: Any, panel: Any, part: Any, slots: Any, 
             depth = rank if part >= 0 else rank * slots.num_parts
             own, stride = h[0] + row * h[1] + 2 * rank * max(part, 0), h[1]
             place, out = tiles + panel * 2 * depth * PANEL, sums + (row - first) * 4 * PANEL
-            add_tile(alike, own, stride, place, 4 * PANEL, depth // 2, out, 4 * PANEL, place)
+            add_tile(alike, own, stride, place, 4 * PANEL, depth // 2, out, 4 * PANEL)
         row += alike
+
+
+@piece
+def _list_ahead(
+    lines: Any, w: Any, first: Any, stop: Any, index: Any, weights: Any, slots: Any
+) -> Any:
+    """List the cache lines of these rows' own adapters that are wanted soon: what the panel after
+    the next expands with, and a share of the next layer's strips. Returns how many.
+
+    Each row of a batch may have an adapter of its own, whose pieces are too short for a machine to
+    see where they lead to; without this list it waits for each of them.
+    """
+    lines_N, count, row, num_panels = ints(lines, LIST), 0, first, len(weights.panels_P3)
+    lines_N[0] = w
+    if slots.slot_T == 0 or slots.next_bytes == 0:
+        return 0
+    expand_S, panel = slots.expand_S, index + 2
+    if panel >= num_panels:
+        expand_S, panel = slots.next_expand_S, panel - num_panels
+    while row < stop:
+        slot = int_at(slots.slot_T, row)
+        if slot >= 0:
+            rank = int_at(slots.rank_S, slot)
+            start, size = int_at(expand_S, slot), 2 * rank * PANEL
+            count = _list_lines(lines_N, count, start, panel * size, size)
+            start, size = int_at(slots.next_shrink_S, slot), rank * slots.next_bytes
+            count = _list_lines(lines_N, count, start, index * size, size + 64)
+        row += _alike(slots.slot_T, row, stop)
+    # A tile doesn't look where the list ends.
+    lines_N[count : count + weights.num_in // 2] = w
+    return count
+
+
+@piece
+def _list_lines(lines_N: Any, count: Any, tiles: Any, skipped: Any, size: Any) -> Any:
+    """Add `size` bytes of an adapter's tiles, if it has them and there is room; the new count."""
+    num_lines = size // 64
+    if tiles == 0 or count + num_lines > len(lines_N):
+        return count
+    for n in range(num_lines):
+        lines_N[count + n] = tiles + skipped + 64 * n
+    return count + num_lines
 
 
 @piece
@@ -229,6 +298,8 @@ def panel(
     has_adapters, has_bias = slots.slot_T != 0, len(weights.bias_O) > 0
     tiles = (stop - first + MOST_ROWS - 1) // MOST_ROWS
     deep = pairs if is_int8 else DEEP
+    lines = _lines()
+    num_lines = _list_ahead(lines, w, first, stop, index, weights, slots)
     for start in range(0, pairs, deep):
         row, depth, here = first, min(deep, pairs - start), w + start * stride
         for t in range(tiles):
@@ -236,13 +307,16 @@ def panel(
             # The panel after the next, as a team of two takes turns, while this one is multiplied.
             ahead = here + (2 * stride + min(t, 3) * 64) * pairs
             own, sums = x + row * x_stride + 4 * start, all_sums + (row - first) * 4 * PANEL
-            if is_int8:
-                byte_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, ahead)
-                _scaled(rows, sums, scale, width)
-            elif start == 0:
-                tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, ahead)
+            if start > 0:
+                add_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL)
             else:
-                add_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, ahead)
+                is_listed = t * depth < num_lines and (t + 1) * depth <= LIST
+                more = (ahead, lines + 8 * t * depth, 8) if is_listed else (ahead, lines, 0)
+                if is_int8:
+                    byte_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, *more)
+                    _scaled(rows, sums, scale, width)
+                else:
+                    weight_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, *more)
             if start + depth == pairs:
                 if has_adapters:
                     expand(sums, row, rows, index, part, slots, h)

@@ -13,13 +13,14 @@ Layouts of W, whose rows are outputs:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from openmint.kernels.compiler import HAS_BF16, intrinsic, ir, types
+from openmint.kernels.huge import HugeMemory
 from openmint.kernels.jit import bfloat, piece
 
 IS_AVAILABLE = HAS_BF16
@@ -145,10 +146,10 @@ class _Emitter:
         return ir.Constant(self.sums, [0.0] * self._lanes)
 
 
-def _tile(rows: int, vectors: int, adds: bool, of_bytes: bool = False) -> Any:
-    """`tile(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)`: float32 sums of `rows` rows
-    and `vectors * 16` columns, `adds` to what is there or not. `w_stride` is from one pair of W to
-    the next. A tile that starts from zero has a cache line per pair brought near, from `ahead` on.
+def _tile(rows: int, vectors: int, adds: bool) -> Any:
+    """`tile(x, x_stride, w, w_stride, pairs, out, out_stride)`: float32 sums of `rows` rows and
+    `vectors * 16` columns, `adds` to what is there or not. `w_stride` is from one pair of W to the
+    next.
     """
 
     @intrinsic
@@ -161,35 +162,81 @@ def _tile(rows: int, vectors: int, adds: bool, of_bytes: bool = False) -> Any:
         pairs: Any,
         out: Any,
         out_stride: Any,
-        ahead: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, x_stride, w, w_stride, pairs, out, out_stride, ahead = arguments
-            emit = _Emitter(builder, LANES)
-            xs = [emit.at(x, x_stride, row) for row in range(rows)]
-            places = [
-                emit.at(emit.at(out, out_stride, row), 64, vector)
-                for row in range(rows)
-                for vector in range(vectors)
-            ]
-
-            def body(index: Any, totals: list[Any]) -> list[Any]:
-                here = builder.add(w, builder.mul(w_stride, index))
-                read, size = (emit.byte_columns, 32) if of_bytes else (emit.columns, 64)
-                columns = [read(emit.at(here, size, v)) for v in range(vectors)]
-                if vectors == 4 and not adds:
-                    emit.fetch(emit.at(ahead, index, 64))
-                pairs = [emit.pair(emit.at(each, index, 4)) for each in xs]
-                return emit.add_products(totals, columns, pairs)
-
-            starts = [emit.load_sums(place) if adds else emit.zero() for place in places]
-            for total, place in zip(emit.loop(pairs, starts, body), places, strict=True):
-                emit.store_sums(total, place)
+            _emit_tile(_Emitter(builder, LANES), rows, vectors, adds, arguments)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), generate
+        return types.void(*[types.intp] * 7), generate
 
     return tile
+
+
+def _weight_tile(rows: int, of_bytes: bool) -> Any:
+    """`tile` of 64 columns, which has two cache lines brought near with each pair of W: the next
+    from `ahead` on, and the one whose address is the next in a list; from one entry of it to the
+    next are `list_stride` bytes."""
+
+    @intrinsic
+    def tile(
+        typing: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        pairs: Any,
+        out: Any,
+        out_stride: Any,
+        ahead: Any,
+        lines: Any,
+        lines_stride: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            *own, ahead, lines, lines_stride = arguments
+            emit = _Emitter(builder, LANES)
+
+            def fetch(index: Any) -> None:
+                emit.fetch(emit.at(ahead, index, 64))
+                entry = builder.add(lines, builder.mul(lines_stride, index))
+                emit.fetch(builder.load(builder.inttoptr(entry, ir.IntType(64).as_pointer())))
+
+            _emit_tile(emit, rows, 4, False, own, fetch, of_bytes)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 10), generate
+
+    return tile
+
+
+def _emit_tile(
+    emit: _Emitter,
+    rows: int,
+    vectors: int,
+    adds: bool,
+    arguments: list[Any],
+    fetch: Callable[[Any], None] | None = None,
+    of_bytes: bool = False,
+) -> None:
+    x, x_stride, w, w_stride, pairs, out, out_stride = arguments
+    xs = [emit.at(x, x_stride, row) for row in range(rows)]
+    places = [
+        emit.at(emit.at(out, out_stride, row), 64, vector)
+        for row in range(rows)
+        for vector in range(vectors)
+    ]
+
+    def body(index: Any, totals: list[Any]) -> list[Any]:
+        here = emit.builder.add(w, emit.builder.mul(w_stride, index))
+        read, size = (emit.byte_columns, 32) if of_bytes else (emit.columns, 64)
+        columns = [read(emit.at(here, size, v)) for v in range(vectors)]
+        if fetch is not None:
+            fetch(index)
+        pairs = [emit.pair(emit.at(each, index, 4)) for each in xs]
+        return emit.add_products(totals, columns, pairs)
+
+    starts = [emit.load_sums(place) if adds else emit.zero() for place in places]
+    for total, place in zip(emit.loop(pairs, starts, body), places, strict=True):
+        emit.store_sums(total, place)
 
 
 def _strip(rows: int) -> Any:
@@ -348,35 +395,70 @@ def _up_to_six(tiles: list[Any]) -> Any:
         pairs: Any,
         out: Any,
         out_stride: Any,
-        ahead: Any,
     ) -> None:
         if rows == 6:
-            six(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+            six(x, x_stride, w, w_stride, pairs, out, out_stride)
         elif rows == 5:
-            five(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+            five(x, x_stride, w, w_stride, pairs, out, out_stride)
         elif rows == 4:
-            four(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+            four(x, x_stride, w, w_stride, pairs, out, out_stride)
         elif rows == 3:
-            three(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+            three(x, x_stride, w, w_stride, pairs, out, out_stride)
         elif rows == 2:
-            two(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+            two(x, x_stride, w, w_stride, pairs, out, out_stride)
         else:
-            one(x, x_stride, w, w_stride, pairs, out, out_stride, ahead)
+            one(x, x_stride, w, w_stride, pairs, out, out_stride)
+
+    return run
+
+
+def _up_to_six_ahead(tiles: list[Any]) -> Any:
+    """The same of weight tiles."""
+    one, two, three, four, five, six = tiles
+
+    @piece
+    def run(
+        rows: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        pairs: Any,
+        out: Any,
+        out_stride: Any,
+        ahead: Any,
+        lines: Any,
+        lines_stride: Any,
+    ) -> None:
+        if rows == 6:
+            six(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
+        elif rows == 5:
+            five(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
+        elif rows == 4:
+            four(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
+        elif rows == 3:
+            three(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
+        elif rows == 2:
+            two(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
+        else:
+            one(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
 
     return run
 
 
 _ROWS = range(1, MOST_ROWS + 1)
 tile = _up_to_six([_tile(rows, 4, adds=False) for rows in _ROWS])
-"""`out = x @ w`, 64 columns; memory from `ahead` on is brought near."""
-byte_tile = _up_to_six([_tile(rows, 4, adds=False, of_bytes=True) for rows in _ROWS])
-"""`tile` of int8 panels."""
+"""`out = x @ w`, 64 columns."""
 add_tile = _up_to_six([_tile(rows, 4, adds=True) for rows in _ROWS])
-"""`out += x @ w`, 64 columns; `ahead` is not used."""
+"""`out += x @ w`, 64 columns."""
 slim_tile = _up_to_six([_tile(rows, 1, adds=False) for rows in _ROWS])
-"""`out = x @ w`, 16 columns; `ahead` is not used."""
+"""`out = x @ w`, 16 columns."""
 add_slim_tile = _up_to_six([_tile(rows, 1, adds=True) for rows in _ROWS])
-"""`out += x @ w`, 16 columns; `ahead` is not used."""
+"""`out += x @ w`, 16 columns."""
+weight_tile = _up_to_six_ahead([_weight_tile(rows, of_bytes=False) for rows in _ROWS])
+"""`tile`, which has memory brought near meanwhile."""
+byte_tile = _up_to_six_ahead([_weight_tile(rows, of_bytes=True) for rows in _ROWS])
+"""`weight_tile` of int8 panels."""
 _strip1, _strip4 = _strip(1), _strip(4)
 _quad1, _quad2, _quad3, _quad4 = (_quad(rows) for rows in range(1, 5))
 outer = _outer()
@@ -417,6 +499,9 @@ def strip(rows: Any, x: Any, x_stride: Any, w: Any, pairs: Any, out: Any) -> Non
         _strip1(x, x_stride, w, pairs, out)
 
 
+_memory = HugeMemory()
+
+
 def panels(weight_OI: Tensor) -> Tensor:
     """W as panels; outputs are padded with zeros to a multiple of 64, inputs to one of 2."""
     return _blocks(weight_OI, PANEL)
@@ -431,7 +516,5 @@ def _blocks(weight_OI: Tensor, width: int) -> Tensor:
     num_out, num_in = weight_OI.shape
     padded_OI = F.pad(weight_OI, (0, -num_in % 2, 0, -num_out % width))
     blocks = padded_OI.view(-1, width, padded_OI.shape[1] // 2, 2).transpose(1, 2)
-    room = torch.empty(blocks.numel() + 64, dtype=weight_OI.dtype)
-    start = (-room.data_ptr()) % 64 // room.itemsize  # whole cache lines
-    aligned = room[start : start + blocks.numel()].view(blocks.shape)
-    return aligned.copy_(blocks)
+    room = _memory.take(blocks.nbytes).view(weight_OI.dtype)
+    return room.view(blocks.shape).copy_(blocks)
