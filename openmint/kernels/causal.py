@@ -47,30 +47,30 @@ class Softened(NamedTuple):
 @piece
 def _panels(x_NW: Any, column: Any, width: Any, panels_B: Any) -> None:
     """Rows as columns of panels, `[N / 64, D / 2, 64]` pairs; missing rows are zero."""
+    x, stride, pairs = address(x_NW) + 2 * column, 2 * x_NW.shape[1], width // 2
     for b in range(len(panels_B)):
-        rows = min(PANEL, len(x_NW) - b * PANEL)
-        for p in range(width // 2):
-            to_N = panels_B[b, p]
-            for n in range(rows):
-                to_N[n] = _together(
-                    x_NW[b * PANEL + n, column + 2 * p], x_NW[b * PANEL + n, column + 2 * p + 1]
-                )
-            to_N[rows:] = 0
+        panel, rows = address(panels_B[b]), min(PANEL, len(x_NW) - b * PANEL)
+        for n in range(rows):
+            from_P, to = words(x + (b * PANEL + n) * stride, pairs), words(panel, pairs * PANEL)
+            for p in range(pairs):
+                to[p * PANEL + n] = from_P[p]
+        for p in range(pairs):
+            words(panel + 4 * PANEL * p, PANEL)[rows:] = 0
 
 
 @piece
 def _pairs(x_NW: Any, column: Any, width: Any, pairs_PD: Any) -> None:
     """Rows in pairs, `[N / 2, D]`; missing rows are zero."""
+    x, stride, num_rows = address(x_NW) + 2 * column, 2 * x_NW.shape[1], len(x_NW)
     for p in range(len(pairs_PD)):
-        to_D = pairs_PD[p]
-        if 2 * p + 1 < len(x_NW):
-            first_D = x_NW[2 * p, column : column + width]
-            second_D = x_NW[2 * p + 1, column : column + width]
+        to_D, first = pairs_PD[p], x + 2 * p * stride
+        if 2 * p + 1 < num_rows:
+            first_D, second_D = halves(first, width), halves(first + stride, width)
             for d in range(width):
                 to_D[d] = _together(first_D[d], second_D[d])
-        elif 2 * p < len(x_NW):
+        elif 2 * p < num_rows:
             for d in range(width):
-                to_D[d] = np.uint32(x_NW[2 * p, column + d])
+                to_D[d] = np.uint32(halves(first, width)[d])
         else:
             to_D[:] = 0
 
@@ -152,6 +152,7 @@ def backward(
     grad_keys_ND = np.empty((num_tokens, width), np.float32)
     grad_values_ND = np.empty((num_tokens, width), np.float32)
     grad_q_DM = np.empty((width, PANEL), np.float32)
+    pairs_PM = np.empty((width // 2, PANEL), np.uint32)
     block, scratch_B = _block(width), np.empty(12 * MOST_ROWS * PANEL, np.uint8)
     x_NW, y_NW, grad_NW = heads_TW[first:stop], out_TW[first:stop], grad_TW[first:stop]
     for g in range(heads.num_kv):
@@ -172,9 +173,7 @@ def backward(
                 low = _keys(x_NW, k_column, v_column, width, span, block, scratch_B, sums)
                 depth = (end + 1) // 2 - low // 2
                 _add_queries(keys_DN, low, slopes_PM, depth, grad_q_DM)
-                for d in range(width):
-                    for m in range(end - start):
-                        to_TW[first + start + m, column + d] = rounded(grad_q_DM[d, m], to_TW)
+                _give_queries(grad_q_DM, pairs_PM, to_TW[first + start : first + end], column)
         for n in range(num_tokens):
             to_W = to_TW[first + n]
             for d in range(width):
@@ -317,3 +316,17 @@ def _add_queries(keys_DN: Any, low: Any, slopes_PM: Any, depth: Any, grad_q_DM: 
     for d in range(0, len(keys_DN), MOST_ROWS):
         rows, keys = min(MOST_ROWS, len(keys_DN) - d), address(keys_DN[d]) + 2 * low
         tile(rows, keys, stride, slopes, 4 * PANEL, depth, address(grad_q_DM[d]), 4 * PANEL)
+
+
+@piece
+def _give_queries(grad_q_DM: Any, pairs_PM: Any, to_MW: Any, column: Any) -> None:
+    """dL/dqueries of a block, rounded, query by query; by way of pairs, of which a row is made."""
+    num_pairs = len(pairs_PM)
+    for p in range(num_pairs):
+        even_M, odd_M, to_M = grad_q_DM[2 * p], grad_q_DM[2 * p + 1], pairs_PM[p]
+        for m in range(PANEL):
+            to_M[m] = _together(rounded(even_M[m], to_MW), rounded(odd_M[m], to_MW))
+    for m in range(len(to_MW)):
+        to_P = words(address(to_MW) + 2 * (m * to_MW.shape[1] + column), num_pairs)
+        for p in range(num_pairs):
+            to_P[p] = pairs_PM[p, m]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,25 +29,19 @@ def _forward(gate_up_TW: Any, y_TF: Any) -> None:
 
 @kernel
 def _backward(grad_TF: Any, gate_up_TW: Any, out_TW: Any, y_TF: Any) -> None:
-    """`y_TF` takes the activations again, if it has rows."""
+    """`y_TF` takes the activations again."""
     width = grad_TF.shape[1]
-    sigmoid_F = np.empty(width, np.float32)
     for t in range(len(grad_TF)):
         grad_F, gate_F, up_F = grad_TF[t], gate_up_TW[t, :width], gate_up_TW[t, width:]
-        out_gate_F, out_up_F = out_TW[t, :width], out_TW[t, width:]
+        out_gate_F, out_up_F, y_F = out_TW[t, :width], out_TW[t, width:], y_TF[t]
         for f in range(width):
-            sigmoid_F[f] = F32(1.0) / (F32(1.0) + exp(-load(gate_F[f])))
-        for f in range(width):
-            silu = load(gate_F[f]) * sigmoid_F[f]
-            out_up_F[f] = rounded(load(grad_F[f]) * silu, out_up_F)
-        for f in range(width):
-            slope = sigmoid_F[f] * (F32(1.0) + load(gate_F[f]) * (F32(1.0) - sigmoid_F[f]))
-            out_gate_F[f] = rounded(load(grad_F[f]) * load(up_F[f]) * slope, out_gate_F)
-        if len(y_TF):
-            y_F = y_TF[t]
-            for f in range(width):
-                silu = load(rounded(load(gate_F[f]) * sigmoid_F[f], y_F))
-                y_F[f] = rounded(silu * load(up_F[f]), y_F)
+            gate, up, grad = load(gate_F[f]), load(up_F[f]), load(grad_F[f])
+            sigmoid = F32(1.0) / (F32(1.0) + exp(-gate))
+            silu = gate * sigmoid
+            slope = sigmoid * (F32(1.0) + gate * (F32(1.0) - sigmoid))
+            out_gate_F[f] = rounded(grad * up * slope, out_gate_F)
+            out_up_F[f] = rounded(grad * silu, out_up_F)
+            y_F[f] = rounded(load(rounded(silu, y_F)) * up, y_F)
 
 
 def forward(gate_up_TW: Tensor) -> Tensor:
@@ -70,9 +63,7 @@ class FusedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up_TW,) = ctx.saved_tensors
-        out_TW = torch.empty_like(gate_up_TW)
-        nothing_TF = as_array(gate_up_TW)[:0]
-        _backward(
-            as_array(grads[0].contiguous()), as_array(gate_up_TW), as_array(out_TW), nothing_TF
-        )
+        grad_TF, out_TW = grads[0].contiguous(), torch.empty_like(gate_up_TW)
+        arrays = as_array(grad_TF), as_array(gate_up_TW), as_array(out_TW)
+        _backward(*arrays, as_array(torch.empty_like(grad_TF)))
         return out_TW
