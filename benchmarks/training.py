@@ -76,6 +76,7 @@ def step_race(stage: Stage, base: str, unembed: bool) -> Race:
         ],
         targets=[
             Target(f"{work}: PEFT bf16", ours, tuple(peft), 2.5),
+            Target(f"{work}: PEFT bf16, the same batch in one forward", ours, (next(iter(peft)),)),
             Target(f"{work}: GEMM ceiling", ours, tuple(bare), 0.8),
             Target(f"{work}: GEMMs with attention and adapters", ours, tuple(fuller)),
         ],
