@@ -6,10 +6,9 @@ thread; who wants more calls them from several. numpy knows no bfloat16, so it t
 
 The cache notices a change of the kernel's own file only: who edits this one runs `make clean`.
 
-Inner loops run over whole rows, sliced before the loop, and write to one of them: only so does LLVM
-see what can't overlap, and vectorise (up to 10 times faster). A loop that sums writes to no row:
-where LLVM has to ask at run time whether short rows overlap, the order of its sum would depend on
-where they lie in memory.
+Inner loops run over whole rows, sliced before the loop: so LLVM can ask once per row what overlaps,
+and vectorise (up to 10 times faster). A loop that sums writes to no row: where short rows might
+overlap, the order of its sum would depend on where they lie in memory.
 """
 
 from __future__ import annotations
