@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openmint.errors import InvalidRequest
+from openmint.kernels.adamw import Rates, update
 from openmint.types import AdamParams
 
 LARGEST_STEP = 1e30
@@ -38,17 +39,21 @@ def adamw(state: AdamState, grads_P: Tensor, adam: AdamParams) -> tuple[AdamStat
     grad_norm = float(grads_P.norm())
     if not grad_norm < 1e18:  # its square must fit fp32 too; also true of NaN
         raise InvalidRequest(f"the accumulated gradient has norm {grad_norm}; nothing was applied")
-    if 0.0 < adam.grad_clip_norm < grad_norm:
-        grads_P = grads_P * (adam.grad_clip_norm / grad_norm)
+    clips = 0.0 < adam.grad_clip_norm < grad_norm
     step = state.num_optim_steps + 1
-    exp_avg_P = torch.lerp(state.exp_avg_P, grads_P, 1.0 - adam.beta1)
-    exp_avg_sq_P = torch.addcmul(
-        state.exp_avg_sq_P * adam.beta2, grads_P, grads_P, value=1.0 - adam.beta2
-    )
-    denominator_P = exp_avg_sq_P.sqrt() / (1.0 - adam.beta2**step) ** 0.5 + adam.eps
     step_size = adam.learning_rate / (1.0 - adam.beta1**step)
-    decayed_P = state.params_P * (1.0 - adam.learning_rate * adam.weight_decay)
-    params_P = decayed_P.addcdiv_(exp_avg_P, denominator_P, value=-min(step_size, LARGEST_STEP))
+    rates = Rates(
+        clip=adam.grad_clip_norm / grad_norm if clips else 1.0,
+        one_minus_beta1=1.0 - adam.beta1,
+        beta2=adam.beta2,
+        one_minus_beta2=1.0 - adam.beta2,
+        correction=(1.0 - adam.beta2**step) ** 0.5,
+        eps=adam.eps,
+        step=min(step_size, LARGEST_STEP),
+        decay=1.0 - adam.learning_rate * adam.weight_decay,
+    )
+    moments = state.params_P, state.exp_avg_P, state.exp_avg_sq_P
+    params_P, exp_avg_P, exp_avg_sq_P = update(moments, grads_P, rates)
     if not bool(torch.isfinite(params_P).all()) or step_size > LARGEST_STEP:
         raise InvalidRequest(
             f"optim_step with learning_rate {adam.learning_rate} and eps {adam.eps} would make "

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from openmint.kernels import (
+    adamw,
     adapter_tiles,
     attend,
     dense,
@@ -46,6 +47,8 @@ def compile_kernels(dtype: torch.dtype) -> None:
     norms_R = logprobs.norms(logits_RV)
     logprobs.draw(logits_RV, slopes_RK[:, 0], slopes_RK[:, 0])
     logprobs.gradient_(logits_RV, norms_R, rows_R, rows_R[:, None], slopes_RK)
+    ones_P = torch.ones(2)
+    adamw.update((ones_P, ones_P, ones_P), ones_P, adamw.Rates(*[0.5] * 8))
     if IS_AVAILABLE and dtype == torch.bfloat16:
         _compile_tiles()
 
