@@ -1,6 +1,6 @@
 """Compile every kernel before it is needed: `python -m openmint.kernels.compile`.
 
-It takes some seconds once per machine; afterwards the machine code is read from its cache.
+It takes about a minute once per machine; afterwards the machine code is read from its cache.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ def _compile_tiles() -> None:
     y_TO = torch.empty(1, 48, dtype=torch.bfloat16)
     linear.forward(x_TI, y_TO, weights, linear.NO_ADAPTERS, 0)
     linear.backward(x_TI, np.array([16]), 48, weights, linear.NO_ADAPTERS, 0)
-    h_TR = torch.ones(1, 8, dtype=torch.bfloat16)
     h_TR = torch.ones(1, 8, dtype=torch.bfloat16)
     linear.add_outer_(torch.zeros(8, 32), h_TR, 0, y_TO, 0, slice(0, 1))
     adapter = adapter_tiles.plan(1, [[adapter_tiles.Target(0, 16, 16, 16)]], "forth")
