@@ -45,7 +45,7 @@ from openmint.kernels.tile import (
     outer,
     panels,
     strip,
-    weight_tile,
+    tile,
 )
 
 FEW, MANY = 4, 256
@@ -311,12 +311,12 @@ def panel(
                 add_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL)
             else:
                 is_listed = t * depth < num_lines and (t + 1) * depth <= LIST
-                more = (ahead, lines + 8 * t * depth, 8) if is_listed else (ahead, lines, 0)
+                near = (ahead, lines + 8 * t * depth, 8) if is_listed else (ahead, lines, 0)
                 if is_int8:
-                    byte_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, *more)
+                    byte_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, near)
                     _scaled(rows, sums, scale, width)
                 else:
-                    weight_tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, *more)
+                    tile(rows, own, x_stride, here, stride, depth, sums, 4 * PANEL, near)
             if start + depth == pairs:
                 if has_adapters:
                     expand(sums, row, rows, index, part, slots, h)

@@ -13,7 +13,6 @@ Layouts of W, whose rows are outputs:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -142,14 +141,26 @@ class _Emitter:
         place = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
         self.call("llvm.prefetch.p0", ir.VoidType(), [place, *how])
 
+    def fetch_next(self, index: Any, near: Any) -> None:
+        """The two lines of a tile's pair, see `_tile`."""
+        ahead, lines, lines_stride = (self.builder.extract_value(near, n) for n in range(3))
+        self.fetch(self.at(ahead, index, 64))
+        entry = self.builder.add(lines, self.builder.mul(lines_stride, index))
+        word = self.builder.inttoptr(entry, ir.IntType(64).as_pointer())
+        self.fetch(self.builder.load(word))
+
     def zero(self) -> Any:
         return ir.Constant(self.sums, [0.0] * self._lanes)
 
 
-def _tile(rows: int, vectors: int, adds: bool) -> Any:
-    """`tile(x, x_stride, w, w_stride, pairs, out, out_stride)`: float32 sums of `rows` rows and
-    `vectors * 16` columns, `adds` to what is there or not. `w_stride` is from one pair of W to the
-    next.
+def _tile(rows: int, vectors: int, adds: bool, of_bytes: bool = False) -> Any:
+    """`tile(x, x_stride, w, w_stride, pairs, out, out_stride, near)`: float32 sums of `rows` rows
+    and `vectors * 16` columns, `adds` to what is there or not. `w_stride` is from one pair of W to
+    the next.
+
+    If `near` is `(ahead, lines, lines_stride)`, two cache lines are brought near with each pair of
+    W: the next from `ahead` on, and the one whose address is the next in a list; from one entry of
+    it to the next are `lines_stride` bytes.
     """
 
     @intrinsic
@@ -162,81 +173,36 @@ def _tile(rows: int, vectors: int, adds: bool) -> Any:
         pairs: Any,
         out: Any,
         out_stride: Any,
+        near: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _emit_tile(_Emitter(builder, LANES), rows, vectors, adds, arguments)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 7), generate
-
-    return tile
-
-
-def _weight_tile(rows: int, of_bytes: bool) -> Any:
-    """`tile` of 64 columns, which has two cache lines brought near with each pair of W: the next
-    from `ahead` on, and the one whose address is the next in a list; from one entry of it to the
-    next are `list_stride` bytes."""
-
-    @intrinsic
-    def tile(
-        typing: Any,
-        x: Any,
-        x_stride: Any,
-        w: Any,
-        w_stride: Any,
-        pairs: Any,
-        out: Any,
-        out_stride: Any,
-        ahead: Any,
-        lines: Any,
-        lines_stride: Any,
-    ) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            *own, ahead, lines, lines_stride = arguments
+            x, x_stride, w, w_stride, pairs, out, out_stride, near = arguments
             emit = _Emitter(builder, LANES)
+            xs = [emit.at(x, x_stride, row) for row in range(rows)]
+            places = [
+                emit.at(emit.at(out, out_stride, row), 64, vector)
+                for row in range(rows)
+                for vector in range(vectors)
+            ]
 
-            def fetch(index: Any) -> None:
-                emit.fetch(emit.at(ahead, index, 64))
-                entry = builder.add(lines, builder.mul(lines_stride, index))
-                emit.fetch(builder.load(builder.inttoptr(entry, ir.IntType(64).as_pointer())))
+            def body(index: Any, totals: list[Any]) -> list[Any]:
+                here = builder.add(w, builder.mul(w_stride, index))
+                read, size = (emit.byte_columns, 32) if of_bytes else (emit.columns, 64)
+                columns = [read(emit.at(here, size, v)) for v in range(vectors)]
+                if fetches:
+                    emit.fetch_next(index, near)
+                pairs = [emit.pair(emit.at(each, index, 4)) for each in xs]
+                return emit.add_products(totals, columns, pairs)
 
-            _emit_tile(emit, rows, 4, False, own, fetch, of_bytes)
+            starts = [emit.load_sums(place) if adds else emit.zero() for place in places]
+            for total, place in zip(emit.loop(pairs, starts, body), places, strict=True):
+                emit.store_sums(total, place)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 10), generate
+        fetches = isinstance(near, types.UniTuple)
+        return types.void(*[types.intp] * 7, near), generate
 
     return tile
-
-
-def _emit_tile(
-    emit: _Emitter,
-    rows: int,
-    vectors: int,
-    adds: bool,
-    arguments: list[Any],
-    fetch: Callable[[Any], None] | None = None,
-    of_bytes: bool = False,
-) -> None:
-    x, x_stride, w, w_stride, pairs, out, out_stride = arguments
-    xs = [emit.at(x, x_stride, row) for row in range(rows)]
-    places = [
-        emit.at(emit.at(out, out_stride, row), 64, vector)
-        for row in range(rows)
-        for vector in range(vectors)
-    ]
-
-    def body(index: Any, totals: list[Any]) -> list[Any]:
-        here = emit.builder.add(w, emit.builder.mul(w_stride, index))
-        read, size = (emit.byte_columns, 32) if of_bytes else (emit.columns, 64)
-        columns = [read(emit.at(here, size, v)) for v in range(vectors)]
-        if fetch is not None:
-            fetch(index)
-        pairs = [emit.pair(emit.at(each, index, 4)) for each in xs]
-        return emit.add_products(totals, columns, pairs)
-
-    starts = [emit.load_sums(place) if adds else emit.zero() for place in places]
-    for total, place in zip(emit.loop(pairs, starts, body), places, strict=True):
-        emit.store_sums(total, place)
 
 
 def _strip(rows: int) -> Any:
@@ -395,53 +361,20 @@ def _up_to_six(tiles: list[Any]) -> Any:
         pairs: Any,
         out: Any,
         out_stride: Any,
+        near: Any = (),
     ) -> None:
         if rows == 6:
-            six(x, x_stride, w, w_stride, pairs, out, out_stride)
+            six(x, x_stride, w, w_stride, pairs, out, out_stride, near)
         elif rows == 5:
-            five(x, x_stride, w, w_stride, pairs, out, out_stride)
+            five(x, x_stride, w, w_stride, pairs, out, out_stride, near)
         elif rows == 4:
-            four(x, x_stride, w, w_stride, pairs, out, out_stride)
+            four(x, x_stride, w, w_stride, pairs, out, out_stride, near)
         elif rows == 3:
-            three(x, x_stride, w, w_stride, pairs, out, out_stride)
+            three(x, x_stride, w, w_stride, pairs, out, out_stride, near)
         elif rows == 2:
-            two(x, x_stride, w, w_stride, pairs, out, out_stride)
+            two(x, x_stride, w, w_stride, pairs, out, out_stride, near)
         else:
-            one(x, x_stride, w, w_stride, pairs, out, out_stride)
-
-    return run
-
-
-def _up_to_six_ahead(tiles: list[Any]) -> Any:
-    """The same of weight tiles."""
-    one, two, three, four, five, six = tiles
-
-    @piece
-    def run(
-        rows: Any,
-        x: Any,
-        x_stride: Any,
-        w: Any,
-        w_stride: Any,
-        pairs: Any,
-        out: Any,
-        out_stride: Any,
-        ahead: Any,
-        lines: Any,
-        lines_stride: Any,
-    ) -> None:
-        if rows == 6:
-            six(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
-        elif rows == 5:
-            five(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
-        elif rows == 4:
-            four(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
-        elif rows == 3:
-            three(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
-        elif rows == 2:
-            two(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
-        else:
-            one(x, x_stride, w, w_stride, pairs, out, out_stride, ahead, lines, lines_stride)
+            one(x, x_stride, w, w_stride, pairs, out, out_stride, near)
 
     return run
 
@@ -449,16 +382,14 @@ def _up_to_six_ahead(tiles: list[Any]) -> Any:
 _ROWS = range(1, MOST_ROWS + 1)
 tile = _up_to_six([_tile(rows, 4, adds=False) for rows in _ROWS])
 """`out = x @ w`, 64 columns."""
+byte_tile = _up_to_six([_tile(rows, 4, adds=False, of_bytes=True) for rows in _ROWS])
+"""`tile` of int8 panels."""
 add_tile = _up_to_six([_tile(rows, 4, adds=True) for rows in _ROWS])
 """`out += x @ w`, 64 columns."""
 slim_tile = _up_to_six([_tile(rows, 1, adds=False) for rows in _ROWS])
 """`out = x @ w`, 16 columns."""
 add_slim_tile = _up_to_six([_tile(rows, 1, adds=True) for rows in _ROWS])
 """`out += x @ w`, 16 columns."""
-weight_tile = _up_to_six_ahead([_weight_tile(rows, of_bytes=False) for rows in _ROWS])
-"""`tile`, which has memory brought near meanwhile."""
-byte_tile = _up_to_six_ahead([_weight_tile(rows, of_bytes=True) for rows in _ROWS])
-"""`weight_tile` of int8 panels."""
 _strip1, _strip4 = _strip(1), _strip(4)
 _quad1, _quad2, _quad3, _quad4 = (_quad(rows) for rows in range(1, 5))
 outer = _outer()

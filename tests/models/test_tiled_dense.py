@@ -225,10 +225,11 @@ BESIDE_EACH_OTHER = """
 import sys, threading
 from pathlib import Path
 import torch
-from tests.models.test_tiled_dense import LONGER, adapters_of, alone, by_steps, gradients, loaded
+from openmint.kernels.team import alone
+from tests.models.test_tiled_dense import LENGTHS, LONGER, adapters_of, by_steps, gradients, loaded
 torch.set_num_threads(1)
 model = loaded(Path(sys.argv[1]))
-tokens = [torch.arange(n) for n in (23, 1, 40, 17, 9)]
+tokens = [torch.arange(n) for n in LENGTHS]
 def train():
     for _ in range(10):
         gradients(model, LONGER, torch.bfloat16)
