@@ -32,7 +32,7 @@ class Settings:
     group_size: int = 8
     # Room for an answer and its end: with less, hardly any first answer earns more than another.
     max_tokens: int = 16
-    max_steps: int = 8
+    max_steps: int = 12
     rolling_save_every: int = 0
 
 

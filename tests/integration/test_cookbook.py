@@ -129,7 +129,8 @@ def test_distillation_brings_the_student_closer_to_its_teacher(recipe, supervise
 def test_reinforcement_on_sums_raises_the_reward(recipe, tmp_path):
     run = recipe("arithmetic", tmp_path / "log")
     rewards = run.metric("env/all/reward/total")
-    # Three runs without a seed rose by 0.12, 0.18 and 0.29: some learn to end, some to add.
+    # Each step has problems of its own, and at all of them the base earns -0.1 to -0.05 (a run with
+    # a rate of 0). Five runs without a seed rose by 0.11 to 0.4: all learn to end, some to add.
     assert mean(rewards[-3:]) > mean(rewards[:2]) + 0.05
     # The trainer's view of the sampled tokens is the sampler's.
     assert max(map(abs, run.metric("optim/kl_sample_train_v1"))) < 0.01
