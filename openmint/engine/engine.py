@@ -6,6 +6,7 @@ import torch
 
 from openmint.config import WorkerConfig
 from openmint.engine.lanes import Lanes
+from openmint.engine.optimizer import is_finite
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
 from openmint.engine.runs import Runs, RunSnapshot
 from openmint.engine.sample_step import Sampler
@@ -134,7 +135,7 @@ class Engine:
         work = self._open.pop(work_id)
         loss_sum, grads_P = sum(work.losses), work.gradient()
         if grads_P is not None:
-            if not bool(torch.isfinite(grads_P).all()):
+            if not is_finite(grads_P):
                 raise NonFinite(
                     f"loss {work.loss.name} gave a gradient with NaN or infinite values (loss "
                     f"{loss_sum}); this forward_backward was left out, the run is unharmed. "

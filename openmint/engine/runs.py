@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openmint.engine.optimizer import AdamState, adamw
+from openmint.engine.optimizer import AdamState, SpareState, adamw
 from openmint.errors import InvalidRequest, NotFound, Overloaded
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.types import AdamParams, BaseInfo, LoraSpec, RunId
@@ -20,15 +20,20 @@ BYTES_PER_PARAM = 4 * 4
 class Run:
     """One training session. All of its tensors are flat vectors in one layout."""
 
-    def __init__(self, layout: AdapterLayout, state: AdamState, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: AdapterLayout, state: AdamState, dtype: torch.dtype, spare: SpareState
+    ) -> None:
         self.layout = layout
         self.dtype = dtype
         self.grads_P = torch.zeros_like(state.params_P)
         self.has_gradient = False
+        self._spare = spare
         self.set_state(state)
 
     def set_state(self, state: AdamState) -> None:
         self.state = state
+        self._is_private = False
+        """Whether an update made the state and nobody else reads it."""
         self.weights = AdapterWeights(self.layout, state.params_P.to(self.dtype))
 
     def add_gradient(self, grads_P: Tensor) -> None:
@@ -41,10 +46,19 @@ class Run:
 
     def optim_step(self, adam: AdamParams) -> float:
         """Gradient norm before clipping. Applies and clears the gradient, or changes nothing."""
-        state, grad_norm = adamw(self.state, self.grads_P, adam)
+        before, was_private = self.state, self._is_private
+        state, grad_norm = adamw(before, self.grads_P, adam, self._spare)
         self.set_state(state)
+        self._is_private = self.weights.flat_P is not state.params_P
+        if was_private:
+            self._spare.give(before)
         self.clear_gradient()
         return grad_norm
+
+    def share_state(self) -> AdamState:
+        """The state for others to read, who may keep it: no update will write into it."""
+        self._is_private = False
+        return self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +85,7 @@ class Runs:
         self._base, self._dtype, self._budget_bytes = base, dtype, budget_bytes
         self._device = torch.device(base.device)
         self._runs: dict[RunId, Run] = {}
+        self._spare = SpareState()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -121,15 +136,14 @@ class Runs:
                 "lower the rank, or raise worker.training_bytes",
                 retry_after_seconds=30.0,
             )
-        self._runs[run_id] = Run(layout, state, self._dtype)
+        self._runs[run_id] = Run(layout, state, self._dtype, self._spare)
         return self._runs[run_id]
 
     def drop(self, run_id: RunId) -> None:
         self._runs.pop(run_id, None)
 
     def snapshot(self, run_id: RunId) -> RunSnapshot:
-        """Weights, moments and pending gradient as they are now. State tensors are never mutated
-        in place, so only the gradient is copied."""
+        """Weights, moments and pending gradient as they are now; only the gradient is copied."""
         run = self[run_id]
         grads_P = run.grads_P.clone() if run.has_gradient else None
-        return RunSnapshot(run.layout.spec, run.state, grads_P)
+        return RunSnapshot(run.layout.spec, run.share_state(), grads_P)
