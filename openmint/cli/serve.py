@@ -137,7 +137,9 @@ class Service:
 
     async def _start(self, base: str) -> None:
         started_at = time.monotonic()
-        process = self._processes[base] = await start_worker(base, self._settings)
+        before = self._processes.get(base)
+        client = before.client if before else None
+        process = self._processes[base] = await start_worker(base, self._settings, client)
         process.client.observer = self._metrics
         self._workers.add(process.client)
         info = process.base

@@ -51,8 +51,13 @@ class WorkerProcess:
             await self.process.wait()
 
 
-async def start_worker(base: str, settings: Settings) -> WorkerProcess:
-    """A worker whose base is resident. Raises EngineFailed that says why when it can't be."""
+async def start_worker(
+    base: str, settings: Settings, client: WorkerClient | None = None
+) -> WorkerProcess:
+    """A worker whose base is resident; behind the client of the one that it succeeds, if given.
+
+    Raises EngineFailed that says why when it can't be.
+    """
     ours, theirs = socket.socketpair()
     num_workers = max(1, len(settings.bases))
     threads = settings.worker.threads or max(1, (os.cpu_count() or 1) // num_workers)
@@ -95,4 +100,6 @@ async def start_worker(base: str, settings: Settings) -> WorkerProcess:
         await process.wait()
         raise EngineFailed(f"base {base!r} could not be loaded: {answer.error}")
     assert isinstance(answer, Ready)
-    return WorkerProcess(process, WorkerClient(reader, writer, answer.base))
+    client = client or WorkerClient()
+    client.connect(reader, writer, answer.base)
+    return WorkerProcess(process, client)

@@ -1,11 +1,15 @@
-"""The gateway's end of the link to one worker process. Lives on the gateway's event loop."""
+"""The gateway's end of the link to the worker of one base, through restarts of the worker.
+
+Lives on the gateway's event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from openmint.cluster.link import frame, read_frame
@@ -37,25 +41,95 @@ class Observer(Protocol):
     def observe_first_token(self, base: str, seconds: float) -> None: ...
 
 
+RETURN_SECONDS = 120.0
+"""How long samples wait for a worker that died to be started again."""
+STOPPED = "stopped while this was running"
+MOST_RUNS = 3
+"""Workers that a sample may be sent to. If all of them died, it may be the cause."""
+
+
+class Stream:
+    """The deltas of one streamed sample, each of them once.
+
+    A restarted worker draws the same tokens again. Those that the reader has are left out, after a
+    comparison: two halves of different answers would be no answer.
+    """
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[SampleDelta] = asyncio.Queue()
+        self._tokens: dict[int, list[int]] = {}
+        self._num_again: dict[int, int] = {}
+
+    def begin_again(self) -> None:
+        self._num_again = dict.fromkeys(self._tokens, 0)
+
+    def put(self, delta: SampleDelta) -> None:
+        """Raises EngineFailed for other tokens than those that were sent before."""
+        sent = self._tokens.setdefault(delta.sample_index, [])
+        at = self._num_again.pop(delta.sample_index, len(sent))
+        again = sent[at : at + len(delta.tokens)]
+        if not again:
+            sent.extend(delta.tokens)
+            self.queue.put_nowait(delta)
+        elif tuple(again) == delta.tokens:
+            self._num_again[delta.sample_index] = at + len(again)
+        else:
+            raise EngineFailed("the worker was restarted and went on differently; ask again")
+
+
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """A command whose result has not come."""
+
+    command: Command
+    future: asyncio.Future[Result]
+    stream: Stream | None
+    num_runs: int = 0
+
+
 class WorkerClient:
     """Sends commands to one worker and hands each result to whoever waits for it.
+
+    Samples outlive a worker: its successor draws them anew, with the same seeds. Commands of a
+    training run end with the worker that held the run.
 
     Frames are `<u64 length><pickle>` on a socket pair that only these two processes hold, so no
     foreign byte is ever unpickled.
     """
 
-    def __init__(
+    base: BaseInfo
+
+    def __init__(self) -> None:
+        self.stats = WorkerStats()
+        self.observer: Observer | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._work_ids = itertools.count(1)
+        self._waiting: dict[int, Waiting] = {}
+        self._pump: asyncio.Task[None] | None = None
+        self._giving_up: asyncio.TimerHandle | None = None
+        self._is_over = False
+        """Nobody is going to start another worker, as far as we know."""
+
+    def connect(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, base: BaseInfo
     ) -> None:
-        self.base = base
-        self.stats = WorkerStats()
-        self.alive = True
-        self.observer: Observer | None = None
-        self._reader, self._writer = reader, writer
-        self._work_ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Result]] = {}
-        self._listeners: dict[int, Callable[[SampleDelta], None]] = {}
-        self._pump = asyncio.create_task(self._receive(), name=f"worker-link:{base.name}")
+        """Send everything to this worker from now on, first of all what waits.
+
+        What waits for another base's weights fails.
+        """
+        if self._giving_up:
+            self._giving_up.cancel()
+        if self._waiting and base.digest != self.base.digest:
+            self._fail_all("was restarted with other weights")
+        self.base, self._writer, self._is_over = base, writer, False
+        self._pump = asyncio.create_task(self._receive(reader), name=f"worker-link:{base.name}")
+        for work_id, waiting in self._waiting.items():
+            if not waiting.future.done():
+                self._start(work_id, waiting)
+
+    @property
+    def alive(self) -> bool:
+        return self._writer is not None
 
     async def call(self, command: Command) -> Result:
         """The command's result. Raises what the worker raised, or EngineFailed if it died.
@@ -67,10 +141,9 @@ class WorkerClient:
 
     async def stream(self, work: SampleWork) -> AsyncIterator[SampleDelta | SampleResult]:
         """Deltas as tokens appear, then the SampleResult. Closing the iterator cancels the work."""
-        queue: asyncio.Queue[SampleDelta] = asyncio.Queue()
-        started_at, is_first = time.monotonic(), True
-        task = asyncio.create_task(self._submit(work, queue.put_nowait))
-        getter: asyncio.Task[SampleDelta] = asyncio.create_task(queue.get())
+        stream, started_at, is_first = Stream(), time.monotonic(), True
+        task = asyncio.create_task(self._submit(work, stream))
+        getter: asyncio.Task[SampleDelta] = asyncio.create_task(stream.queue.get())
         try:
             while True:
                 await asyncio.wait({task, getter}, return_when=asyncio.FIRST_COMPLETED)
@@ -80,7 +153,7 @@ class WorkerClient:
                         self.observer.observe_first_token(self.base.name, elapsed)
                     is_first = False
                     yield getter.result()
-                    getter = asyncio.create_task(queue.get())
+                    getter = asyncio.create_task(stream.queue.get())
                 elif task.done():
                     break
             result = task.result()
@@ -92,22 +165,22 @@ class WorkerClient:
 
     async def drain(self) -> None:
         """Ask the worker to finish its queue and exit; returns when the link is closed."""
-        self._send(Drain())
-        await asyncio.wait({self._pump})
+        self._is_over = True
+        if self._pump and self.alive:
+            self._send(Drain())
+            await asyncio.wait({self._pump})
+        self._fail_all(STOPPED)
 
-    async def _submit(
-        self, command: Command, listener: Callable[[SampleDelta], None] | None
-    ) -> Result:
-        if not self.alive:
+    async def _submit(self, command: Command, stream: Stream | None) -> Result:
+        if self._is_over or not (self.alive or isinstance(command, SampleWork)):
             raise EngineFailed(f"the worker of base {self.base.name!r} is not running; retry later")
         work_id = next(self._work_ids)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting[work_id] = future
-        if listener:
-            self._listeners[work_id] = listener
+        waiting = self._waiting[work_id] = Waiting(command, future, stream)
         started_at, ok = time.monotonic(), False
         try:
-            self._send(Submit(work_id, command))
+            if self.alive:
+                self._start(work_id, waiting)
             result = await future
             ok = True
             return result
@@ -118,40 +191,79 @@ class WorkerClient:
             raise
         finally:
             self._waiting.pop(work_id, None)
-            self._listeners.pop(work_id, None)
             if self.observer:
                 kind, elapsed = type(command).__name__, time.monotonic() - started_at
                 self.observer.observe_command(self.base.name, kind, elapsed, ok)
 
+    def _start(self, work_id: int, waiting: Waiting) -> None:
+        if waiting.stream:
+            waiting.stream.begin_again()
+        waiting.num_runs += 1
+        self._send(Submit(work_id, waiting.command))
+
     def _send(self, message: ToWorker) -> None:
+        assert self._writer is not None
         self._writer.write(frame(message))
 
-    async def _receive(self) -> None:
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                self._deliver(await read_frame(self._reader))
+                self._deliver(await read_frame(reader))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the worker has gone
         finally:
-            self.alive = False
+            self._lose()
+
+    def _lose(self) -> None:
+        """The worker has gone: what its successor can't do fails."""
+        if self._writer:
             self._writer.close()
-            for future in self._waiting.values():
-                if not future.done():
-                    error = f"the worker of base {self.base.name!r} stopped while this was running"
-                    future.set_exception(EngineFailed(error))
+            self._writer = None
+        for waiting in self._waiting.values():
+            if self._is_over or not isinstance(waiting.command, SampleWork):
+                self._fail(waiting, STOPPED)
+            elif waiting.num_runs >= MOST_RUNS:
+                self._fail(waiting, f"died {MOST_RUNS} times while this was running")
+        if not self._is_over:
+            loop = asyncio.get_running_loop()
+            self._giving_up = loop.call_later(RETURN_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        self._is_over = True
+        self._fail_all(STOPPED)
+
+    def _fail_all(self, what: str) -> None:
+        for waiting in self._waiting.values():
+            self._fail(waiting, what)
+
+    def _fail(self, waiting: Waiting, what: str) -> None:
+        if not waiting.future.done():
+            waiting.future.set_exception(
+                EngineFailed(f"the worker of base {self.base.name!r} {what}; retry later")
+            )
 
     def _deliver(self, message: ToGateway) -> None:
         match message:
             case Done(work_id, result):
-                if (future := self._waiting.get(work_id)) and not future.done():
-                    future.set_result(result)
+                if (waiting := self._waiting.get(work_id)) and not waiting.future.done():
+                    waiting.future.set_result(result)
             case Failed(work_id, error):
-                if (future := self._waiting.get(work_id)) and not future.done():
-                    future.set_exception(error)
+                if (waiting := self._waiting.get(work_id)) and not waiting.future.done():
+                    waiting.future.set_exception(error)
             case Delta(work_id, delta):
-                if listener := self._listeners.get(work_id):
-                    listener(delta)
+                if (waiting := self._waiting.get(work_id)) and waiting.stream:
+                    self._deliver_delta(work_id, waiting, waiting.stream, delta)
             case WorkerStats():
                 self.stats = message
             case Ready(base):
                 self.base = base
+
+    def _deliver_delta(
+        self, work_id: int, waiting: Waiting, stream: Stream, delta: SampleDelta
+    ) -> None:
+        try:
+            stream.put(delta)
+        except EngineFailed as error:
+            self._send(Cancel(work_id))
+            if not waiting.future.done():
+                waiting.future.set_exception(error)

@@ -11,7 +11,7 @@ from openmint.types import Digest
 
 
 class Workers:
-    """Finds the worker of a base. A restarted worker replaces the dead one under the same name."""
+    """Finds the worker of a base, whichever process that is by now."""
 
     def __init__(self, clients: Iterable[WorkerClient] = ()) -> None:
         self._by_name: dict[str, WorkerClient] = {}

@@ -120,7 +120,7 @@ async def check_streams(worker: WorkerProcess) -> None:
         return sample_work(seed, max_tokens=20, stream=True)
 
     await asyncio.gather(*(collect(seed) for seed in range(6)))
-    assert not worker.client._listeners
+    assert not worker.client._waiting
 
 
 async def check_cancellation(worker: WorkerProcess) -> None:
@@ -172,30 +172,49 @@ def test_a_workers_whole_life(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-def test_a_killed_worker_fails_everyone_who_waits_at_once(base: Path, tmp_path: Path) -> None:
+def test_samples_outlive_a_killed_worker_and_training_does_not(base: Path, tmp_path: Path) -> None:
+    works = [sample_work(i, max_tokens=450) for i in range(5)]
+    streamed = sample_work(9, max_tokens=450, stream=True)
+
     async def life() -> None:
         async with running(base, tmp_path) as worker:
-            calls = [worker.client.call(sample_work(i, max_tokens=450)) for i in range(5)]
-            tasks: list[asyncio.Task[Any]] = [asyncio.create_task(call) for call in calls]
-            stream = worker.client.stream(sample_work(9, max_tokens=450, stream=True))
-            assert isinstance(await anext(stream), SampleDelta)
+            client = worker.client
+            expected = [await client.call(work) for work in (*works, streamed)]
+            await client.call(CreateRun(RUN, T, LoraSpec(2), 0))
+            tasks = [asyncio.create_task(client.call(work)) for work in works]
+            work = train_work(RUN, "cross_entropy", (400,) * 40, 0)
+            training = asyncio.create_task(client.call(work))
+            stream, tokens = client.stream(streamed), list[int]()
+            tokens += (await anext(stream)).tokens
             killed_at = time.monotonic()
             os.kill(worker.process.pid, signal.SIGKILL)
             with pytest.raises(EngineFailed, match="stopped while this was running"):
-                async for _ in stream:
-                    pass
-            for task in tasks:
-                with pytest.raises(EngineFailed, match="stopped while this was running"):
-                    await task
+                await training
             assert time.monotonic() - killed_at < 5.0
-            assert not worker.client.alive
+            assert not client.alive
             with pytest.raises(EngineFailed, match="is not running"):
-                await worker.client.call(sample_work())
-            await worker.stop()
-        async with running(base, tmp_path) as worker:
-            assert isinstance(await worker.client.call(sample_work()), SampleResult)
+                await client.call(OptimWork(RUN, T, AdamParams()))
+            late = asyncio.create_task(client.call(works[0]))
+            successor = await start_worker(str(base), settings(tmp_path), client)
+            async for piece in stream:
+                if isinstance(piece, SampleDelta):
+                    tokens += piece.tokens
+            found = [await task for task in tasks]
+            for own, whole in zip(found, expected, strict=False):
+                assert tokens_of(own) == tokens_of(whole)
+            assert tokens == tokens_of(expected[-1])
+            assert tokens_of(await late) == tokens_of(expected[0])
+            await successor.stop()
+            with pytest.raises(EngineFailed, match="is not running"):
+                await client.call(works[0])
 
     asyncio.run(life())
+
+
+def tokens_of(result: object) -> list[int]:
+    assert isinstance(result, SampleResult)
+    tokens: list[int] = result.sequences[0].tokens_N.tolist()
+    return tokens
 
 
 def test_a_base_that_cannot_be_loaded_says_why(base: Path, tmp_path: Path) -> None:

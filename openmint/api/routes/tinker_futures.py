@@ -21,6 +21,7 @@ router = APIRouter(prefix="/api/v1")
 @router.post("/retrieve_future")
 async def retrieve_future(request: Request, caller: Caller, gateway: App) -> Response:
     """The result, or 408 after a while for the client to ask again."""
+    caller.require("train", "serve")
     body = await read(request, requests.RetrieveFuture)
     future = gateway.futures.get(caller.tenant, body.request_id)
     if not await gateway.futures.wait(future, gateway.settings.service.long_poll_seconds):
@@ -54,6 +55,7 @@ def _ran(result: object) -> dict[str, str]:
 @router.post("/retrieve_futures")
 async def retrieve_futures(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """Which samples of a sampling session finished since `prev_cursor`."""
+    caller.require("train", "serve")
     body = await read(request, requests.RetrieveFutures)
     target = body.target
     sampler = gateway.sampling.get(caller.tenant, target.sampling_session_id)
@@ -73,6 +75,7 @@ async def retrieve_futures(request: Request, caller: Caller, gateway: App) -> di
 @router.post("/cancel_future", status_code=204)
 async def cancel_future(request: Request, caller: Caller, gateway: App) -> None:
     """Give up a sample and free its pages; an accepted training request goes on."""
+    caller.require("train", "serve")
     body = await read(request, requests.CancelFuture)
     future = gateway.futures.get(caller.tenant, body.request_id)
     if future.task is not None:

@@ -108,6 +108,7 @@ async def telemetry(caller: Caller) -> dict[str, str]:
 @router.post("/create_session")
 async def create_session(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """Open a session; a retry with the same X-Idempotency-Key gets the same one."""
+    caller.require("train", "serve")
     body = await read(request, requests.CreateSession)
     session_id = await gateway.sessions.create(
         caller.tenant,
@@ -124,6 +125,7 @@ async def create_session(request: Request, caller: Caller, gateway: App) -> dict
 @router.post("/session_heartbeat")
 async def session_heartbeat(request: Request, caller: Caller, gateway: App) -> dict[str, str]:
     """Keep a session alive; 410 once it is over."""
+    caller.require("train", "serve")
     body = await read(request, requests.Heartbeat)
     gateway.sessions.touch(caller.tenant, SessionId(body.session_id))
     return {"type": "session_heartbeat"}
@@ -236,6 +238,7 @@ async def get_session(
 @router.post("/sessions/{session_id}/finish", status_code=204)
 async def finish_session(session_id: str, request: Request, caller: Caller, gateway: App) -> None:
     """Close a session: its runs leave the worker, its unnamed revisions are collected."""
+    caller.require("train", "serve")
     body = await read(request, requests.FinishSession)
     reason = body.reason.type if body.reason else "success"
     await gateway.sessions.finish(caller.tenant, SessionId(session_id), reason, body.detail)

@@ -1,0 +1,94 @@
+"""`kill -9` of a worker while clients wait: those who sample see a pause."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import tinker
+from tinker import types
+
+from tests.servers import TestServer, start_server, stop_server, wait_until_ready
+
+pytestmark = [pytest.mark.chaos, pytest.mark.integration]
+
+NUM_SAMPLES, NUM_TOKENS = 8, 100
+PROMPT = [504, 3575, 282, 4649, 314]
+
+
+@pytest.fixture(scope="module")
+def tiny_server(
+    tiny_base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TestServer]:
+    root = tmp_path_factory.mktemp("killed")
+    server = start_server(root, root / "data", bases=[str(tiny_base("llama"))])
+    try:
+        wait_until_ready(server)
+        yield server
+    finally:
+        stop_server(server)
+
+
+def kill_worker(server: TestServer) -> None:
+    (worker,) = [
+        child
+        for child in psutil.Process(server.process.pid).children()
+        if "openmint.cluster.worker" in child.cmdline()
+    ]
+    worker.kill()
+
+
+def test_samples_of_the_tinker_sdk_end_as_if_nothing_had_been(tiny_server: TestServer) -> None:
+    with tinker.ServiceClient(base_url=tiny_server.url, api_key=tiny_server.admin_key) as service:
+        sampler = service.create_sampling_client(base_model="tiny-llama").result()
+        prompt = types.ModelInput.from_ints(PROMPT)
+
+        def ask() -> list[Any]:
+            return [
+                sampler.sample(
+                    prompt, 2, types.SamplingParams(max_tokens=NUM_TOKENS, seed=seed, stop=[])
+                )
+                for seed in range(NUM_SAMPLES)
+            ]
+
+        def tokens_of(pending: list[Any]) -> list[list[int]]:
+            results = [future.result(timeout=60) for future in pending]
+            return [list(s.tokens) for result in results for s in result.sequences]
+
+        undisturbed = tokens_of(ask())
+        pending = ask()
+        time.sleep(0.05)
+        kill_worker(tiny_server)
+        later = ask()
+        assert tokens_of(pending) == undisturbed
+        assert tokens_of(later) == undisturbed
+
+
+def test_a_stream_of_the_openai_sdk_goes_on(tiny_server: TestServer) -> None:
+    client = openai.OpenAI(base_url=f"{tiny_server.url}/v1", api_key=tiny_server.admin_key)
+
+    def read(kill_after: int) -> tuple[str, float]:
+        stream = client.completions.create(
+            model="tiny-llama",
+            prompt=PROMPT,
+            max_tokens=NUM_TOKENS,
+            seed=7,
+            stream=True,
+        )
+        pieces, longest, last = list[str](), 0.0, time.monotonic()
+        for chunk in stream:
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            pieces.append(chunk.choices[0].text)
+            if len(pieces) == kill_after:
+                kill_worker(tiny_server)
+        return "".join(pieces), longest
+
+    text, _ = read(kill_after=-1)
+    again, pause_seconds = read(kill_after=3)
+    assert again == text
+    assert pause_seconds > 0.5, "the worker was not killed in the middle of the stream"
