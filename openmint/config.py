@@ -76,6 +76,12 @@ class ServiceConfig:
     """How long a command waits for a missing earlier seq_id before it goes ahead."""
     default_alpha: float = 32.0
     """LoRA alpha of new runs; the update is scaled by alpha / rank."""
+    worker_silence_seconds: float = 300.0
+    """A worker that says nothing for this long is taken to hang: it is killed and started again.
+    It speaks between steps, so keep this above the longest step."""
+
+    def __post_init__(self) -> None:
+        _at_least("service.worker_silence_seconds", self.worker_silence_seconds, 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +184,6 @@ def _wrong_type(name: str, value: Any, default: Any) -> InvalidRequest:
     return InvalidRequest(f"setting {name} must be a {kind}, got {value!r}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _at_least(name: str, value: float, least: float) -> None:
     if value < least:
         raise InvalidRequest(f"setting {name} must be at least {least}, got {value}")

@@ -46,6 +46,7 @@ log = structlog.get_logger(__name__)
 GRACE_SECONDS = 10
 """How long requests in flight may go on after the first signal."""
 RESTART_SECONDS, MAX_RESTART_SECONDS = 1.0, 60.0
+WATCH_SECONDS = 1.0
 DEFAULT_TENANT = Tenant("default")
 
 
@@ -133,7 +134,8 @@ class Service:
         gc.collect()
         gc.freeze()
         _say_ready(self._settings, self._url)
-        await asyncio.gather(*(self._keep_alive(base) for base in self._settings.bases))
+        watches = [self._end_silent(base) for base in self._settings.bases]
+        await asyncio.gather(*(self._keep_alive(base) for base in self._settings.bases), *watches)
 
     async def _start(self, base: str) -> None:
         started_at = time.monotonic()
@@ -148,6 +150,24 @@ class Service:
         log.info("base_resident", base=info.name, digest=info.digest, seconds=round(seconds, 2))
         what = f"{info.architecture}, {info.num_params / 1e6:.0f} M parameters, {info.dtype}"
         console.print(f"  resident    {info.name} ({what}, {info.device}) after {seconds:.1f} s")
+
+    async def _end_silent(self, base: str) -> None:
+        """Kill a worker that hangs; `_keep_alive` starts the next one.
+
+        Silence is counted in looks, so that a gateway that was itself stopped blames nobody.
+        """
+        heard_at, silent_seconds = 0.0, 0.0
+        while not self._stopping.is_set():
+            await asyncio.sleep(WATCH_SECONDS)
+            worker = self._processes[base]
+            if not worker.client.alive or worker.client.heard_at_seconds != heard_at:
+                heard_at, silent_seconds = worker.client.heard_at_seconds, 0.0
+                continue
+            silent_seconds += WATCH_SECONDS
+            if silent_seconds > self._settings.service.worker_silence_seconds:
+                log.error("worker_silent", base=worker.base.name, seconds=silent_seconds)
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                    worker.process.kill()
 
     async def _keep_alive(self, base: str) -> None:
         pause_seconds = RESTART_SECONDS

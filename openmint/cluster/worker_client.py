@@ -101,6 +101,8 @@ class WorkerClient:
 
     def __init__(self) -> None:
         self.stats = WorkerStats()
+        self.heard_at_seconds = 0.0
+        """When the worker last said something; it does so about once a second, between steps."""
         self.observer: Observer | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._work_ids = itertools.count(1)
@@ -122,6 +124,7 @@ class WorkerClient:
         if self._waiting and base.digest != self.base.digest:
             self._fail_all("was restarted with other weights")
         self.base, self._writer, self._is_over = base, writer, False
+        self.heard_at_seconds = time.monotonic()
         self._pump = asyncio.create_task(self._receive(reader), name=f"worker-link:{base.name}")
         for work_id, waiting in self._waiting.items():
             if not waiting.future.done():
@@ -243,6 +246,7 @@ class WorkerClient:
             )
 
     def _deliver(self, message: ToGateway) -> None:
+        self.heard_at_seconds = time.monotonic()
         match message:
             case Done(work_id, result):
                 if (waiting := self._waiting.get(work_id)) and not waiting.future.done():

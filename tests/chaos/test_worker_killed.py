@@ -1,4 +1,4 @@
-"""`kill -9` of a worker while clients wait: those who sample see a pause."""
+"""A worker is killed, or hangs, while clients wait: those who sample see a pause."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.servers import TestServer, start_server, stop_server, wait_until_read
 pytestmark = [pytest.mark.chaos, pytest.mark.integration]
 
 NUM_SAMPLES, NUM_TOKENS = 8, 100
+SILENCE_SECONDS = 4
 PROMPT = [504, 3575, 282, 4649, 314]
 
 
@@ -26,7 +27,8 @@ def tiny_server(
     tiny_base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TestServer]:
     root = tmp_path_factory.mktemp("killed")
-    server = start_server(root, root / "data", bases=[str(tiny_base("llama"))])
+    environ = {"OPENMINT_SERVICE_WORKER_SILENCE_SECONDS": str(SILENCE_SECONDS)}
+    server = start_server(root, root / "data", bases=[str(tiny_base("llama"))], environ=environ)
     try:
         wait_until_ready(server)
         yield server
@@ -34,13 +36,17 @@ def tiny_server(
         stop_server(server)
 
 
-def kill_worker(server: TestServer) -> None:
+def worker_of(server: TestServer) -> psutil.Process:
     (worker,) = [
         child
         for child in psutil.Process(server.process.pid).children()
         if "openmint.cluster.worker" in child.cmdline()
     ]
-    worker.kill()
+    return worker
+
+
+def kill_worker(server: TestServer) -> None:
+    worker_of(server).kill()
 
 
 def test_samples_of_the_tinker_sdk_end_as_if_nothing_had_been(tiny_server: TestServer) -> None:
@@ -92,3 +98,17 @@ def test_a_stream_of_the_openai_sdk_goes_on(tiny_server: TestServer) -> None:
     again, pause_seconds = read(kill_after=3)
     assert again == text
     assert pause_seconds > 0.5, "the worker was not killed in the middle of the stream"
+
+
+def test_a_worker_that_hangs_is_replaced(tiny_server: TestServer) -> None:
+    """Stopped, not ended: only its silence tells."""
+    client = openai.OpenAI(base_url=f"{tiny_server.url}/v1", api_key=tiny_server.admin_key)
+
+    def ask() -> str:
+        answer = client.completions.create(model="tiny-llama", prompt=PROMPT, max_tokens=8, seed=3)
+        return answer.choices[0].text
+
+    text, worker = ask(), worker_of(tiny_server)
+    worker.suspend()
+    assert ask() == text
+    assert not worker.is_running()
