@@ -105,9 +105,10 @@ def start_server(
     bases: Sequence[str] = (EMBEDDED_BASE,),
     options: Sequence[str] = (),
     environ: dict[str, str] | None = None,
+    port: int | None = None,
 ) -> TestServer:
-    """A server process on a free loopback port; not ready yet."""
-    port = free_port()
+    """A server process, on a free loopback port unless told; not ready yet."""
+    port = port or free_port()
     log = root / "server.log"
     command = [sys.executable, "-m", "openmint", "serve", "--port", str(port), "--data", str(data)]
     for base in bases:

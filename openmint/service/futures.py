@@ -21,6 +21,9 @@ from openmint.types import Tenant
 log = structlog.get_logger(__name__)
 
 Key = tuple[object, ...]
+SAMPLE = "sample-"
+"""How ids of samples begin. A process that knows nothing else of one knows that it can be repeated;
+the Tinker SDK does so by itself when it hears 410."""
 
 
 @dataclass(eq=False, slots=True)
@@ -94,15 +97,20 @@ class Futures:
 
     def open(self, tenant: Tenant, kind: str, key: Key, fingerprint: bytes) -> ResultFuture:
         """A new pending future; the caller has seen that there is none under `key`."""
-        request_id = f"req-{secrets.token_hex(12)}"
+        request_id = f"{SAMPLE if kind == 'sample' else 'req-'}{secrets.token_hex(12)}"
         future = ResultFuture(request_id, tenant, kind, key, fingerprint)
         self._by_id[request_id] = self._by_key[key] = future
         return future
 
     def get(self, tenant: Tenant, request_id: str) -> ResultFuture:
-        """The tenant's future. Raises NotFound when it is unknown, forgotten or another's."""
+        """The tenant's future. Raises NotFound when it is unknown, forgotten or another's.
+
+        For a sample it is Gone instead: it may be of an earlier process, and clients ask anew.
+        """
         future = self._by_id.get(request_id)
         if future is None or future.tenant != tenant:
+            if request_id.startswith(SAMPLE):
+                raise Gone(f"the result of {request_id[:80]!r} is not here any more; sample again")
             raise NotFound(
                 f"no request {request_id[:80]!r}; results are kept for "
                 f"{self._ttl_seconds:g} s after they are ready"

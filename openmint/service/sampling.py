@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from openmint.catalog.catalog import Catalog
-from openmint.errors import InvalidRequest, NotFound
+from openmint.errors import InvalidRequest, NotFound, RequestError
 from openmint.scheduler.work import SampleResult, SampleWork
 from openmint.service import checks
 from openmint.service.feeds import Feed
@@ -214,7 +214,7 @@ class Sampling:
         for request_id in request_ids:
             try:
                 future = self._futures.get(sampler.tenant, request_id)
-            except NotFound:
+            except RequestError:
                 continue
             if future.key[:2] == ("sample", sampler.sampler_id) and future.done.is_set():
                 self._futures.forget(future)

@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from openmint.cluster.worker_client import WorkerClient
-from openmint.errors import NotFound
+from openmint.errors import NotFound, Overloaded
 from openmint.types import Digest
 
 
 class Workers:
     """Finds the worker of a base, whichever process that is by now."""
 
-    def __init__(self, clients: Iterable[WorkerClient] = ()) -> None:
+    def __init__(self, clients: Iterable[WorkerClient] = (), num_bases: int = 0) -> None:
+        """`num_bases` will be resident; until then what is asked may be what is still loading."""
+        self._num_bases = num_bases
         self._by_name: dict[str, WorkerClient] = {}
         for client in clients:
             self.add(client)
@@ -27,21 +29,27 @@ class Workers:
     def by_name(self, name: str) -> WorkerClient:
         """The worker of a base given by its name, its directory or its directory's last part.
 
-        Raises NotFound, naming the resident bases.
+        Raises NotFound, naming the resident bases; Overloaded while some are still loading.
         """
         if client := self._by_name.get(name):
             return client
         for client in self._by_name.values():
             if name in (client.base.directory, Path(client.base.directory).name):
                 return client
+        self._check_loaded()
         raise NotFound(f"no resident base is called {name!r}; resident: {self._resident()}")
 
     def by_digest(self, digest: Digest) -> WorkerClient:
-        """The worker whose base has this digest. Raises NotFound, naming the resident bases."""
+        """The worker whose base has this digest. Raises as `by_name` does."""
         for client in self._by_name.values():
             if client.base.digest == digest:
                 return client
+        self._check_loaded()
         raise NotFound(f"no resident base has digest {digest}; resident: {self._resident()}")
+
+    def _check_loaded(self) -> None:
+        if (num_missing := self._num_bases - len(self._by_name)) > 0:
+            raise Overloaded(f"{num_missing} of {self._num_bases} bases are still loading; retry")
 
     def _resident(self) -> str:
         return ", ".join(sorted(self._by_name)) or "none"

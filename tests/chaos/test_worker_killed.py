@@ -5,21 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import openai
 import psutil
 import pytest
 import tinker
-from tinker import types
 
+from tests.chaos.asking import NUM_TOKENS, PROMPT, ask, tokens_of
 from tests.servers import TestServer, start_server, stop_server, wait_until_ready
 
 pytestmark = [pytest.mark.chaos, pytest.mark.integration]
 
-NUM_SAMPLES, NUM_TOKENS = 8, 100
 SILENCE_SECONDS = 4
-PROMPT = [504, 3575, 282, 4649, 314]
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +49,12 @@ def kill_worker(server: TestServer) -> None:
 def test_samples_of_the_tinker_sdk_end_as_if_nothing_had_been(tiny_server: TestServer) -> None:
     with tinker.ServiceClient(base_url=tiny_server.url, api_key=tiny_server.admin_key) as service:
         sampler = service.create_sampling_client(base_model="tiny-llama").result()
-        prompt = types.ModelInput.from_ints(PROMPT)
-
-        def ask() -> list[Any]:
-            return [
-                sampler.sample(
-                    prompt, 2, types.SamplingParams(max_tokens=NUM_TOKENS, seed=seed, stop=[])
-                )
-                for seed in range(NUM_SAMPLES)
-            ]
-
-        def tokens_of(pending: list[Any]) -> list[list[int]]:
-            results = [future.result(timeout=60) for future in pending]
-            return [list(s.tokens) for result in results for s in result.sequences]
-
-        undisturbed = tokens_of(ask())
-        pending = ask()
+        undisturbed = tokens_of(ask(sampler))
+        pending = ask(sampler)
         time.sleep(0.05)
+        assert not any(future.done() for future in pending)
         kill_worker(tiny_server)
-        later = ask()
+        later = ask(sampler)
         assert tokens_of(pending) == undisturbed
         assert tokens_of(later) == undisturbed
 

@@ -284,7 +284,7 @@ ROWS: dict[str, Row] = {
     "GET /api/v1/samplers/{sampler_id}": Row(ANY),
     "POST /api/v1/join_sampling_session": Row(USE, lambda w: {"sampling_session_id": w.sampler}),
     "POST /api/v1/asample": Row(USE, sample_of),
-    "POST /api/v1/retrieve_future": Row(USE, lambda w: {"request_id": w.sample}),
+    "POST /api/v1/retrieve_future": Row(USE, lambda w: {"request_id": w.sample}, foreign=410),
     "POST /api/v1/retrieve_futures": Row(
         USE,
         lambda w: {
@@ -292,7 +292,7 @@ ROWS: dict[str, Row] = {
             "timeout": 0.0,
         },
     ),
-    "POST /api/v1/cancel_future": Row(USE, lambda w: {"request_id": w.sample}),
+    "POST /api/v1/cancel_future": Row(USE, lambda w: {"request_id": w.sample}, foreign=410),
     # -- OpenAI
     "GET /v1/models": Row(ANY, foreign=None),
     "GET /v1/models/{model}": Row(ANY),

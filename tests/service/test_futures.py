@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from openmint.errors import BodyMismatch, NotFound
+from openmint.errors import BodyMismatch, Gone, NotFound
 from openmint.service.fingerprint import fingerprint
 from openmint.service.futures import Futures
 from openmint.types import Datum, LossSpec, Tenant
@@ -26,6 +26,15 @@ def test_another_tenants_future_is_not_found():
     assert futures.get(ACME, future.request_id) is future
     with pytest.raises(NotFound):
         futures.get(GLOBEX, future.request_id)
+
+
+def test_a_sample_that_nobody_remembers_is_gone_whosever_it_was():
+    futures = Futures(60)
+    sample = futures.open(ACME, "sample", ("k",), b"")
+    assert futures.get(ACME, sample.request_id) is sample
+    for tenant, request_id in ((GLOBEX, sample.request_id), (ACME, sample.request_id + "0")):
+        with pytest.raises(Gone, match="sample again"):
+            futures.get(tenant, request_id)
 
 
 def test_finished_futures_are_forgotten_after_their_time_and_pending_ones_never():
