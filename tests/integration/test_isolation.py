@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,8 +121,9 @@ class World:
         )["sampling_session_id"]
         self.sample = self.tinker("asample", **sample_of(self))["request_id"]
         config, weights = peft_adapter(5)
-        form = httpx.Client(base_url=self.http.base_url, headers={"X-API-Key": self.keys["train"]})
-        made = send_form(form, POLICY, config, weights, base=self.base)
+        headers = {"X-API-Key": self.keys["train"]}
+        with httpx.Client(base_url=self.http.base_url, headers=headers) as form:
+            made = send_form(form, POLICY, config, weights, base=self.base)
         assert made.status_code == 201, made.text
         self.digest = made.json()["digest"]
         for reference in (self.digest, "latest"):
@@ -369,8 +370,11 @@ def ask(world: World, route: str, key: str) -> httpx.Response:
 
 
 @pytest.fixture(scope="module")
-def world(server: TestServer) -> World:
-    return World(server)
+def world(server: TestServer) -> Iterator[World]:
+    world = World(server)
+    yield world
+    world.ask("POST", f"/api/v1/sessions/{world.session}/finish", world.keys["train"], json={})
+    world.http.close()
 
 
 def routes() -> list[str]:
