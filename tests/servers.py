@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from openmint.models.embedded import EMBEDDED_BASE
 
@@ -66,6 +67,12 @@ class TestServer:
         return [
             line for line in self.log.read_text().splitlines() if any(x in line for x in levels)
         ]
+
+
+def workers_of(server: TestServer) -> list[psutil.Process]:
+    """The worker processes that the service has now."""
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if "openmint.cluster.worker" in child.cmdline()]
 
 
 @contextmanager

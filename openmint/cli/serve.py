@@ -76,7 +76,7 @@ class Service:
         self, settings: Settings, catalog: Catalog, listener: socket.socket, url: str
     ) -> None:
         self._settings, self._listener, self._url = settings, listener, url
-        self._workers = Workers(num_bases=len(settings.bases))
+        self._workers = Workers(len(settings.bases))
         self._processes: dict[str, WorkerProcess] = {}
         self._metrics = Metrics(__version__)
         self._metrics.watch_workers(

@@ -124,7 +124,6 @@ class WorkerClient:
         if self._waiting and base.digest != self.base.digest:
             self._fail_all("was restarted with other weights")
         self.base, self._writer, self._is_over = base, writer, False
-        self.heard_at_seconds = time.monotonic()
         self._pump = asyncio.create_task(self._receive(reader), name=f"worker-link:{base.name}")
         for work_id, waiting in self._waiting.items():
             if not waiting.future.done():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from openmint.cluster.worker_client import WorkerClient
@@ -13,12 +12,10 @@ from openmint.types import Digest
 class Workers:
     """Finds the worker of a base, whichever process that is by now."""
 
-    def __init__(self, clients: Iterable[WorkerClient] = (), num_bases: int = 0) -> None:
+    def __init__(self, num_bases: int) -> None:
         """`num_bases` will be resident; until then what is asked may be what is still loading."""
         self._num_bases = num_bases
         self._by_name: dict[str, WorkerClient] = {}
-        for client in clients:
-            self.add(client)
 
     def add(self, client: WorkerClient) -> None:
         self._by_name[client.base.name] = client

@@ -9,10 +9,9 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-import tinker
 
-from tests.chaos.asking import NUM_TOKENS, PROMPT, ask, tokens_of
-from tests.servers import TestServer, start_server, stop_server, wait_until_ready
+from tests.chaos.asking import NUM_TOKENS, PROMPT, check_samples_outlive
+from tests.servers import TestServer, start_server, stop_server, wait_until_ready, workers_of
 
 pytestmark = [pytest.mark.chaos, pytest.mark.integration]
 
@@ -34,29 +33,12 @@ def tiny_server(
 
 
 def worker_of(server: TestServer) -> psutil.Process:
-    (worker,) = [
-        child
-        for child in psutil.Process(server.process.pid).children()
-        if "openmint.cluster.worker" in child.cmdline()
-    ]
+    (worker,) = workers_of(server)
     return worker
 
 
-def kill_worker(server: TestServer) -> None:
-    worker_of(server).kill()
-
-
 def test_samples_of_the_tinker_sdk_end_as_if_nothing_had_been(tiny_server: TestServer) -> None:
-    with tinker.ServiceClient(base_url=tiny_server.url, api_key=tiny_server.admin_key) as service:
-        sampler = service.create_sampling_client(base_model="tiny-llama").result()
-        undisturbed = tokens_of(ask(sampler))
-        pending = ask(sampler)
-        time.sleep(0.05)
-        assert not any(future.done() for future in pending)
-        kill_worker(tiny_server)
-        later = ask(sampler)
-        assert tokens_of(pending) == undisturbed
-        assert tokens_of(later) == undisturbed
+    check_samples_outlive(worker_of(tiny_server).kill, tiny_server)
 
 
 def test_a_stream_of_the_openai_sdk_goes_on(tiny_server: TestServer) -> None:
@@ -75,7 +57,7 @@ def test_a_stream_of_the_openai_sdk_goes_on(tiny_server: TestServer) -> None:
             longest, last = max(longest, time.monotonic() - last), time.monotonic()
             pieces.append(chunk.choices[0].text)
             if len(pieces) == kill_after:
-                kill_worker(tiny_server)
+                worker_of(tiny_server).kill()
         return "".join(pieces), longest
 
     text, _ = read(kill_after=-1)

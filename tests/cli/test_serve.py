@@ -26,6 +26,7 @@ from tests.servers import (
     start_server,
     stop_server,
     wait_until_ready,
+    workers_of,
 )
 
 pytestmark = pytest.mark.integration
@@ -40,11 +41,6 @@ def tiny_server(
     bases = [str(tiny_base("llama")), str(tiny_base("qwen3"))]
     with running_server(tmp_path_factory.mktemp("tiny-server"), bases=bases) as running:
         yield running
-
-
-def workers_of(server: TestServer) -> list[psutil.Process]:
-    children = psutil.Process(server.process.pid).children()
-    return [child for child in children if "openmint.cluster.worker" in child.cmdline()]
 
 
 def test_several_bases_are_resident_and_listed(tiny_server: TestServer) -> None:

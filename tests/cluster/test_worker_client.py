@@ -87,6 +87,18 @@ async def read_all(client: WorkerClient, found: list[Any]) -> None:
         found.append(piece.tokens[0] if isinstance(piece, SampleDelta) else piece)
 
 
+async def read_with_a_death(
+    client: WorkerClient, found: list[Any]
+) -> tuple[asyncio.Task[None], PlayedWorker]:
+    """A stream whose worker died after tokens 5 and 6, and the successor."""
+    worker = await PlayedWorker.behind(client)
+    reading = asyncio.create_task(read_all(client, found))
+    worker.draws(await worker.work_id(), 5, 6)
+    await until(found, 2)
+    await worker.dies(client)
+    return reading, await PlayedWorker.behind(client)
+
+
 async def until(found: list[Any], count: int) -> None:
     while len(found) < count:  # noqa: ASYNC110 - filled by another task of this loop
         await asyncio.sleep(0.001)
@@ -95,12 +107,7 @@ async def until(found: list[Any], count: int) -> None:
 def test_a_stream_goes_on_where_it_was() -> None:
     async def story(client: WorkerClient) -> None:
         found = list[Any]()
-        worker = await PlayedWorker.behind(client)
-        reading = asyncio.create_task(read_all(client, found))
-        worker.draws(await worker.work_id(), 5, 6)
-        await until(found, 2)
-        await worker.dies(client)
-        worker = await PlayedWorker.behind(client)
+        reading, worker = await read_with_a_death(client, found)
         work_id = await worker.work_id()
         worker.draws(work_id, 5, 6, 7, 8)
         worker.finishes(work_id)
@@ -113,12 +120,7 @@ def test_a_stream_goes_on_where_it_was() -> None:
 def test_a_stream_that_would_go_on_differently_ends_with_an_error() -> None:
     async def story(client: WorkerClient) -> None:
         found = list[Any]()
-        worker = await PlayedWorker.behind(client)
-        reading = asyncio.create_task(read_all(client, found))
-        worker.draws(await worker.work_id(), 5, 6)
-        await until(found, 2)
-        await worker.dies(client)
-        worker = await PlayedWorker.behind(client)
+        reading, worker = await read_with_a_death(client, found)
         worker.draws(await worker.work_id(), 5, 9)
         with pytest.raises(EngineFailed, match="went on differently"):
             await reading

@@ -30,10 +30,6 @@ def vectors(state: AdamState) -> list[torch.Tensor]:
     return [state.params_P, state.exp_avg_P, state.exp_avg_sq_P]
 
 
-def memory(state: AdamState) -> list[int]:
-    return [vector.data_ptr() for vector in vectors(state)]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_runs_that_share_spare_memory_update_as_if_alone(dtype: torch.dtype) -> None:
     runs = runs_in(dtype)

@@ -127,7 +127,7 @@ class World:
         assert made.status_code == 201, made.text
         self.digest = made.json()["digest"]
         for reference in (self.digest, "latest"):
-            path = f"/catalog/v1/policies/{OWNER}/kept/aliases/prod/promote"
+            path = f"/catalog/v1/policies/{POLICY}/aliases/prod/promote"
             answer = self.ask("POST", path, self.keys["train"], json={"revision": reference})
             assert answer.status_code in (200, 201), answer.text
         task = self.ask("POST", "/catalog/v1/tasks", self.keys["train"], json=TASK)
