@@ -131,7 +131,8 @@ def test_reinforcement_on_sums_raises_the_reward(recipe, tmp_path):
     rewards = run.metric("env/all/reward/total")
     # Each step has problems of its own, and at all of them the base earns -0.1 to -0.05 (a run with
     # a rate of 0). Five runs without a seed rose by 0.11 to 0.4: all learn to end, some to add.
-    assert mean(rewards[-3:]) > mean(rewards[:2]) + 0.05
+    # Only the first step is the base's: a quick run has learned half of it by the second.
+    assert mean(rewards[-3:]) > rewards[0] + 0.05
     # The trainer's view of the sampled tokens is the sampler's.
     assert max(map(abs, run.metric("optim/kl_sample_train_v1"))) < 0.01
 
