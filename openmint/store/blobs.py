@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from openmint.errors import NotFound, StoreFailed
+from openmint.store.folders import sync_folder
 from openmint.types import Digest
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -43,7 +44,7 @@ class BlobStore:
                 self._write(path, data)
             # Also for bytes found in place: who wrote them may not have come this far yet.
             for folder in (path.parent, path.parent.parent, self._blobs):
-                _fsync_folder(folder)
+                sync_folder(folder)
         except OSError as error:
             raise StoreFailed(f"could not write {len(data)} bytes to the store: {error}") from error
         return digest
@@ -100,11 +101,3 @@ class BlobStore:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
