@@ -10,6 +10,7 @@ import numpy as np
 
 from openmint.config import WorkerConfig
 from openmint.engine.engine import Engine
+from openmint.journal.update_log import NoLog
 from openmint.scheduler.scheduler import Archive, Scheduler
 from openmint.scheduler.work import Command, Done, Failed, Submit, ToGateway
 from openmint.types import Datum, Digest, IntArray, Tenant
@@ -28,7 +29,7 @@ class InProcess:
         self._ended: list[Callable[[], None]] = []
         self._work_ids = count(1)
         self.scheduler = Scheduler(
-            engine, archive, config, lambda tokens: "", self._receive, self._background
+            engine, archive, NoLog(), config, lambda tokens: "", self._receive, self._background
         )
 
     def submit(self, command: Command) -> int:

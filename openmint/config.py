@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -48,6 +49,14 @@ class WorkerConfig:
     """Most sequences that decode together."""
     micro_batch_tokens: int = 512
     """Tokens of one training micro-batch; a longer datum makes a micro-batch of its own."""
+    durability: str = "step"
+    """When an update is acknowledged: `step`, once its gradient is on disk; `every:n`, every n-th
+    waits for the disk, the others only for the system, so that a power cut, and no crash, has up
+    to n - 1 computed again; `replay`, at once: after any crash the requests since the last snapshot
+    run again, which gives the same bits only when `deterministic`."""
+    deterministic: bool = False
+    """Never let policies share a micro-batch: a request's result is then the same to the bit
+    whoever else trains, and a little slower when many small policies do."""
 
     def __post_init__(self) -> None:
         _at_least("worker.threads", self.threads, 0)
@@ -56,6 +65,17 @@ class WorkerConfig:
         _at_least("worker.step_tokens", self.step_tokens, 1)
         _at_least("worker.running_sequences", self.running_sequences, 1)
         _at_least("worker.micro_batch_tokens", self.micro_batch_tokens, 1)
+        if not re.fullmatch(r"step|replay|every:[1-9][0-9]{0,5}", self.durability):
+            raise InvalidRequest(
+                f"setting worker.durability is step, every:n or replay, got {self.durability!r}"
+            )
+
+    @property
+    def updates_per_sync(self) -> int:
+        """How many updates share one wait for the disk; 0 when none is logged."""
+        if self.durability == "replay":
+            return 0
+        return int(self.durability.removeprefix("every:").replace("step", "1"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +176,10 @@ def _from_text(name: str, text: str, default: Any) -> Any:
     """A value of the default's type, from an environment variable."""
     if isinstance(default, tuple):
         return tuple(text.split(","))
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise _wrong_type(name, text, default)
+        return text == "true"
     try:
         value = type(default)(text)
     except ValueError:

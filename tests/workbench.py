@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers
 from openmint.config import WorkerConfig
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
+from openmint.journal.update_log import NoLog, UpdateLog
 from openmint.models.loader import load_model
 from openmint.scheduler.scheduler import Scheduler
 from openmint.scheduler.work import (
@@ -106,7 +108,9 @@ def reference(directory: Path) -> Any:
 class Workbench:
     """Submit commands, run the loop until it is idle, look at the answers."""
 
-    def __init__(self, directory: Path, store: Path, **config: Any) -> None:
+    def __init__(
+        self, directory: Path, store: Path, journal: Path | None = None, **config: Any
+    ) -> None:
         self.config = WorkerConfig(**{"dtype": "float32", "kv_cache_bytes": 2**20, **config})
         digest = Digest("sha256:" + "0" * 64)
         self.model, self.base = load_model("tiny", directory, digest, self.config)
@@ -116,8 +120,15 @@ class Workbench:
         self.answers: dict[int, ToGateway] = {}
         self.deltas: list[Delta] = []
         self._ended: list[Callable[[], None]] = []
+        self.updates = journal and UpdateLog(journal, digest, self._ended.append)
         self.scheduler = Scheduler(
-            self.engine, archive, self.config, decode_text, self._receive, self._background
+            self.engine,
+            archive,
+            self.updates or NoLog(),
+            self.config,
+            decode_text,
+            self._receive,
+            self._background,
         )
         self._work_id = 0
 
@@ -132,7 +143,9 @@ class Workbench:
             progressed = bool(self._ended)
             while self._ended:
                 self._ended.pop(0)()
-            assert self.scheduler.step() or progressed or self._ended, "the loop stands still"
+            if not (self.scheduler.step() or progressed or self._ended):
+                assert self.updates, "the loop stands still"
+                time.sleep(0.0005)  # the log's own thread writes
 
     def do(self, command: Command) -> Any:
         """The command's result; raises its error."""

@@ -113,7 +113,7 @@ class Training:
         losses = [engine.close_train(work_id)[1]["loss:sum"] for work_id in works]
         trained_at = time.perf_counter()
         for run_id in self._runs:
-            engine.optim_step(run_id, AdamParams())
+            engine.publish_update(run_id, engine.prepare_update(run_id, AdamParams()))
         tokens = self.sequences * self.length
         return {
             "seconds": trained_at - started_at,

@@ -28,13 +28,22 @@ from openmint.cluster.worker_setup import WorkerSetup
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
 from openmint.errors import EngineFailed, OpenMintError
+from openmint.journal.update_log import UpdateLog, folder_of
 from openmint.models.embedded import EMBEDDED_BASE, base_digest, resolve_base
 from openmint.models.loader import load_model
 from openmint.observe.logs import configure_logs
 from openmint.scheduler.scheduler import Scheduler
-from openmint.scheduler.work import Cancel, Drain, Failed, Ready, Submit, ToGateway, ToWorker
+from openmint.scheduler.work import (
+    Cancel,
+    Drain,
+    Failed,
+    Forget,
+    Ready,
+    Submit,
+    ToGateway,
+    ToWorker,
+)
 from openmint.store.blobs import BlobStore
-from openmint.types import BaseInfo
 
 STATS_SECONDS = 1.0
 STORE_THREADS = 2
@@ -81,6 +90,10 @@ class Inbox:
 
         threading.Thread(target=pump, name="link", daemon=True).start()
 
+    def post(self, call: Callable[[], None]) -> None:
+        """Have it called by the main loop."""
+        self._queue.put(call)
+
     def background(
         self, job: Callable[[], Any], then: Callable[[Any, Exception | None], None]
     ) -> None:
@@ -120,7 +133,7 @@ def main(connection: socket.socket) -> None:
     configure_logs()
     torch.set_num_threads(setup.threads)
     try:
-        scheduler, base = load(setup, link, inbox)
+        scheduler, ready = load(setup, link, inbox)
     except OpenMintError as error:
         link.send(Failed(0, error))
         return
@@ -130,12 +143,14 @@ def main(connection: socket.socket) -> None:
     # What stays for good needn't be looked at again: a full collection took 0.17 s.
     gc.collect()
     gc.freeze()
-    link.send(Ready(base))
+    link.send(ready)
     serve(scheduler, inbox, link)
 
 
-def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, BaseInfo]:
-    """A scheduler over the resident base. Raises InvalidRequest for a folder that isn't one."""
+def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready]:
+    """A scheduler over the resident base, and what to say of it.
+
+    Raises InvalidRequest for a folder that isn't one, StoreFailed when there is no journal."""
     directory = resolve_base(setup.base, setup.data)
     digest = base_digest(directory, setup.data)
     name = setup.base if setup.base == EMBEDDED_BASE else directory.name
@@ -143,15 +158,18 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, BaseI
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     engine = Engine(model, base, setup.config)
     archive = AdapterArchive(BlobStore(setup.data), base, engine.dtype)
+    folder = folder_of(setup.data, digest)
+    updates = UpdateLog(folder, digest, inbox.post, setup.config.updates_per_sync)
     scheduler = Scheduler(
         engine,
         archive,
+        updates,
         setup.config,
         lambda tokens: str(tokenizer.decode(tokens)),
         link.send,
         inbox.background,
     )
-    return scheduler, base
+    return scheduler, Ready(base, updates.epoch, updates.whole())
 
 
 def serve(scheduler: Scheduler, inbox: Inbox, link: Link) -> None:
@@ -164,6 +182,8 @@ def serve(scheduler: Scheduler, inbox: Inbox, link: Link) -> None:
                     scheduler.submit(item)
                 case Cancel():
                     scheduler.cancel(item)
+                case Forget():
+                    scheduler.forget_updates(item)
                 case Drain():
                     draining = True
                 case None:

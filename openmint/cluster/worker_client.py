@@ -258,8 +258,8 @@ class WorkerClient:
                     self._deliver_delta(work_id, waiting, waiting.stream, delta)
             case WorkerStats():
                 self.stats = message
-            case Ready(base):
-                self.base = base
+            case Ready():
+                pass  # said once, before anything else, and heard by whoever started the worker
 
     def _deliver_delta(
         self, work_id: int, waiting: Waiting, stream: Stream, delta: SampleDelta

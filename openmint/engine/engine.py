@@ -8,7 +8,7 @@ from openmint.config import WorkerConfig
 from openmint.engine.lanes import Lanes
 from openmint.engine.optimizer import is_finite
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
-from openmint.engine.runs import Runs, RunSnapshot
+from openmint.engine.runs import Runs, RunSnapshot, Update
 from openmint.engine.sample_step import Sampler
 from openmint.engine.train_step import OpenTrain, Trainer
 from openmint.errors import InvalidRequest, NonFinite
@@ -85,11 +85,19 @@ class Engine:
             run.add_gradient(snapshot.grads_P)
         return layout.num_params
 
-    def optim_step(self, run_id: RunId, adam: AdamParams) -> tuple[float, int]:
-        """Gradient norm before clipping, and updates so far."""
-        run = self.runs[run_id]
-        grad_norm = run.optim_step(adam)
-        return grad_norm, run.state.num_optim_steps
+    def set_gradient(self, run_id: RunId, gradient: bytes) -> None:
+        """Have a logged gradient be the run's accumulated one. Raises StoreFailed."""
+        self.runs[run_id].set_gradient(gradient)
+
+    def prepare_update(self, run_id: RunId, adam: AdamParams) -> Update:
+        """One update of the run, not yet in effect. Raises InvalidRequest, NotFound."""
+        return self.runs[run_id].prepare(adam)
+
+    def publish_update(self, run_id: RunId, update: Update) -> None:
+        self.runs[run_id].publish(update)
+
+    def discard_update(self, run_id: RunId, update: Update) -> None:
+        self.runs[run_id].discard(update)
 
     def drop_run(self, run_id: RunId) -> None:
         self.runs.drop(run_id)

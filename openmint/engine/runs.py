@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openmint.engine.optimizer import AdamState, SpareState, adamw
-from openmint.errors import InvalidRequest, NotFound, Overloaded
+from openmint.errors import InvalidRequest, NotFound, Overloaded, StoreFailed
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.types import AdamParams, BaseInfo, LoraSpec, RunId
 
@@ -40,25 +40,59 @@ class Run:
         self.grads_P += grads_P
         self.has_gradient = True
 
+    def set_gradient(self, gradient: bytes) -> None:
+        """Have the logged gradient of an update be the accumulated one. Raises StoreFailed."""
+        if len(gradient) != self.grads_P.nbytes:
+            raise StoreFailed(
+                f"a logged gradient has {len(gradient)} bytes, this run's {self.grads_P.nbytes}"
+            )
+        self.grads_P.copy_(torch.frombuffer(bytearray(gradient), dtype=torch.float32))
+        self.has_gradient = True
+
     def clear_gradient(self) -> None:
         self.grads_P.zero_()
         self.has_gradient = False
 
-    def optim_step(self, adam: AdamParams) -> float:
-        """Gradient norm before clipping. Applies and clears the gradient, or changes nothing."""
+    def prepare(self, adam: AdamParams) -> Update:
+        """What one update makes of the accumulated gradient; the run stays as it is.
+
+        Raises InvalidRequest for one that leaves the finite numbers.
+        """
+        state, grad_norm = adamw(self.state, self.grads_P, adam, self._spare)
+        return Update(state, grad_norm, self.grads_P.cpu().numpy().data)
+
+    def publish(self, update: Update) -> None:
+        """Have the update take effect; its gradient is used up."""
         before, was_private = self.state, self._is_private
-        state, grad_norm = adamw(before, self.grads_P, adam, self._spare)
-        self.set_state(state)
-        self._is_private = self.weights.flat_P is not state.params_P
+        self.set_state(update.state)
+        self._is_private = self.weights.flat_P is not update.state.params_P
         if was_private:
             self._spare.give(before)
         self.clear_gradient()
-        return grad_norm
+
+    def discard(self, update: Update) -> None:
+        """The update won't take effect; the gradient stays."""
+        self._spare.give(update.state)
 
     def share_state(self) -> AdamState:
         """The state for others to read, who may keep it: no update will write into it."""
         self._is_private = False
         return self.state
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An update that is made and not yet in effect."""
+
+    state: AdamState
+    grad_norm: float
+    """Before clipping."""
+    gradient: memoryview
+    """What it was made from, fp32; as it is until the update is published or discarded."""
+
+    @property
+    def num_optim_steps(self) -> int:
+        return self.state.num_optim_steps
 
 
 @dataclass(frozen=True, slots=True)

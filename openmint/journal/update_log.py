@@ -92,7 +92,9 @@ class UpdateLog:
     def __init__(self, folder: Path, base: Digest, post: Post, sync_every: int = 1) -> None:
         """Read what is there, then begin a file of a new epoch.
 
-        `sync_every` n has every n-th update wait for the disk, the others for the system alone.
+        `sync_every` n has every n-th update wait for the disk, the others for the system alone; 0
+        has none logged at all.
+
         Raises StoreFailed when the folder can't be written, or another worker has it.
         """
         self._folder, self._base, self._post, self._sync_every = folder, base, post, sync_every
@@ -127,11 +129,17 @@ class UpdateLog:
         with self._guard:
             return sum(self._sizes.values())
 
-    def find(self, run_id: RunId, seq: int) -> Logged | None:
-        """The update that this request made, if it was logged. Raises StoreFailed if damaged."""
+    def find(self, run_id: RunId, seq: int, *, must_be: bool) -> Logged | None:
+        """The update that this request made, if it was logged.
+
+        Raises StoreFailed for one that is damaged, and for one that `must_be` here and isn't, where
+        every update waits for the disk. Otherwise a power cut may have taken it.
+        """
         with self._guard:
             place = self._places.get(run_id, {}).get(seq)
-        if place is None:
+        if place is None and must_be and self._sync_every == 1:
+            raise StoreFailed(f"the log lacks the update that request {seq} of {run_id} made")
+        if place is None or not (place.is_whole or must_be):
             return None
         gradient = read_body(place.path, place.frame) if place.is_whole else None
         if gradient is None:
@@ -150,6 +158,9 @@ class UpdateLog:
 
         The gradient must stay as it is until then.
         """
+        if not self._sync_every:
+            then(None)
+            return
         full = {"run": run_id, "seq": seq, "epoch": self.epoch, **head}
         self._queue.put(Append(run_id, seq, full, gradient.cast("B"), then))
 
@@ -340,3 +351,20 @@ def _locked(folder: Path) -> int:
                     f"another worker has held {folder} for {LOCK_SECONDS:g} s; end it first"
                 ) from None
         time.sleep(LOCK_RETRY_SECONDS)
+
+
+class NoLog:
+    """The log of an engine whose work nobody may miss, in a benchmark or a test."""
+
+    num_bytes = 0
+
+    def find(self, run_id: RunId, seq: int, *, must_be: bool) -> Logged | None:
+        return None
+
+    def append(
+        self, run_id: RunId, seq: int, head: Mapping[str, Any], gradient: memoryview, then: Then
+    ) -> None:
+        then(None)
+
+    def forget(self, run_id: RunId, through_seq: int) -> None:
+        pass

@@ -9,15 +9,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from openmint.config import WorkerConfig
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
-from openmint.errors import EngineFailed, InvalidRequest, NonFinite, OpenMintError, Overloaded
+from openmint.errors import (
+    EngineFailed,
+    InvalidRequest,
+    NonFinite,
+    OpenMintError,
+    Overloaded,
+    StoreFailed,
+)
 from openmint.residency.table import SlotTable
 from openmint.scheduler.batcher import Batcher
 from openmint.scheduler.engine_time import Arrival, EngineTime
@@ -32,6 +40,7 @@ from openmint.scheduler.work import (
     DropRun,
     ExportRun,
     Failed,
+    Forget,
     OptimResult,
     OptimWork,
     RestoreRun,
@@ -63,6 +72,11 @@ from openmint.types import (
 
 log = logging.getLogger(__name__)
 
+OPTIMIZER = "adamw/1"
+"""What a logged gradient was applied by; another one would make another state of it."""
+LAST_SEQ = 1 << 62
+"""Above every request of a run."""
+
 
 class Weights(Protocol):
     """Adapter weights as the scheduler sees them: something with a shape and a size."""
@@ -82,6 +96,17 @@ class Snapshot(Protocol):
     def num_optim_steps(self) -> int: ...
 
 
+class Update(Protocol):
+    """An update that is made and not yet in effect."""
+
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def num_optim_steps(self) -> int: ...
+    @property
+    def gradient(self) -> memoryview: ...
+
+
 class EngineProtocol(Protocol):
     """What the scheduler asks of the engine; `engine.engine.Engine` is the real one."""
 
@@ -97,7 +122,10 @@ class EngineProtocol(Protocol):
     def drop_run(self, run_id: RunId) -> None: ...
     def snapshot_run(self, run_id: RunId) -> Snapshot: ...
     def export_run(self, run_id: RunId) -> tuple[Weights, int]: ...
-    def optim_step(self, run_id: RunId, adam: AdamParams) -> tuple[float, int]: ...
+    def set_gradient(self, run_id: RunId, gradient: bytes) -> None: ...
+    def prepare_update(self, run_id: RunId, adam: AdamParams) -> Update: ...
+    def publish_update(self, run_id: RunId, update: Any) -> None: ...
+    def discard_update(self, run_id: RunId, update: Any) -> None: ...
     def open_train(
         self,
         work_id: int,
@@ -124,6 +152,32 @@ class Archive(Protocol):
     def load_as_training(self, revision: Digest) -> Snapshot: ...
 
 
+class LoggedUpdate(Protocol):
+    """An update that an earlier worker logged."""
+
+    @property
+    def head(self) -> Mapping[str, Any]: ...
+    @property
+    def gradient(self) -> bytes: ...
+
+
+class Updates(Protocol):
+    """The log of updates, `journal.update_log.UpdateLog` or `NoLog`."""
+
+    def find(self, run_id: RunId, seq: int, *, must_be: bool) -> LoggedUpdate | None: ...
+    def append(
+        self,
+        run_id: RunId,
+        seq: int,
+        head: Mapping[str, Any],
+        gradient: memoryview,
+        then: Callable[[Exception | None], None],
+    ) -> None: ...
+    def forget(self, run_id: RunId, through_seq: int) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
 Background = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]
 """`background(job, then)`: run `job` elsewhere, then call `then(value, error)` on this thread."""
 
@@ -145,14 +199,17 @@ class Scheduler:
         self,
         engine: EngineProtocol,
         archive: Archive,
+        updates: Updates,
         config: WorkerConfig,
         decode: DecodeText,
         send: Callable[[ToGateway], None],
         background: Background,
     ) -> None:
         self._engine, self._archive, self._send = engine, archive, send
+        self._updates = updates
         self._background = background
         self._micro_batch_tokens = config.micro_batch_tokens
+        self._all_alone = config.deterministic
         self._lanes = Lanes()
         self._batcher = Batcher(
             engine.num_pages,
@@ -184,7 +241,7 @@ class Scheduler:
                 arrival = self._engine_time.arrival(message.received_at_seconds)
                 self._submit_sample(message.work_id, command, arrival)
             else:
-                self._lanes.add(Entry(message.work_id, command))
+                self._lanes.add(Entry(message.work_id, command, is_alone=self._all_alone))
         except OpenMintError as error:
             self._send(Failed(message.work_id, error))
 
@@ -402,11 +459,10 @@ class Scheduler:
                 self._finish_entry(entry, RunState(spec, num_params, 0))
             case DropRun(run_id):
                 engine.drop_run(run_id)
+                self._updates.forget(run_id, LAST_SEQ)
                 self._finish_entry(entry, None)
-            case OptimWork(run_id, _, adam):
-                grad_norm, num_steps = engine.optim_step(run_id, adam)
-                self._counters["optim"] += 1
-                self._finish_entry(entry, OptimResult({"grad_norm:max": grad_norm}, num_steps))
+            case OptimWork():
+                self._update(entry, entry.command)
             case SaveRun(run_id):
                 snapshot = engine.snapshot_run(run_id)
                 steps = snapshot.num_optim_steps
@@ -417,6 +473,43 @@ class Scheduler:
                 self._save(entry, lambda: archive.save_revision(weights), weights.spec, steps, keep)
             case RestoreRun():
                 self._restore(entry, entry.command)
+
+    def _update(self, entry: Entry, command: OptimWork) -> None:
+        """Make an update, log it in the background, then have it take effect.
+
+        The lane waits meanwhile. An update that the log holds takes effect at once.
+        """
+        run_id, seq = command.run_id, command.seq
+        logged = self._updates.find(run_id, seq, must_be=command.is_acknowledged)
+        if logged is not None:
+            self._engine.set_gradient(run_id, logged.gradient)
+        update = self._engine.prepare_update(run_id, command.adam)
+        head = {
+            "optimizer": OPTIMIZER,
+            "adam": asdict(command.adam),
+            "num_optim_steps": update.num_optim_steps,
+        }
+        if logged is None:
+            entry.is_open = True
+            end = partial(self._end_update, entry, run_id, update)
+            self._updates.append(run_id, seq, head, update.gradient, end)
+        else:
+            self._end_update(entry, run_id, update, _unlike(logged.head, head))
+
+    def _end_update(
+        self, entry: Entry, run_id: RunId, update: Update, error: Exception | None
+    ) -> None:
+        if error is not None:
+            self._engine.discard_update(run_id, update)
+            self._finish_entry(entry, _as_known(error))
+            return
+        self._engine.publish_update(run_id, update)
+        self._counters["optim"] += 1
+        metrics = {"grad_norm:max": update.grad_norm}
+        self._finish_entry(entry, OptimResult(metrics, update.num_optim_steps))
+
+    def forget_updates(self, message: Forget) -> None:
+        self._updates.forget(message.run_id, message.through_seq)
 
     def _save(
         self,
@@ -559,6 +652,14 @@ def _as_known(error: Exception) -> OpenMintError:
         return error
     log.error("step_failed", exc_info=error)
     return EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
+
+
+def _unlike(logged: Mapping[str, Any], head: Mapping[str, Any]) -> StoreFailed | None:
+    """What is wrong with making this update from that frame of the log."""
+    for name, value in head.items():
+        if logged.get(name) != value:
+            return StoreFailed(f"an update was logged with {name} {logged.get(name)}, not {value}")
+    return None
 
 
 def _prompt_logprobs(parts: list[FloatArray]) -> FloatArray:

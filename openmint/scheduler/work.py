@@ -7,6 +7,7 @@ Each command goes to the worker of one base and ends in exactly one result or on
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,11 +76,19 @@ class TrainWork:
 
 @dataclass(frozen=True, slots=True)
 class OptimWork:
-    """One AdamW update from the accumulated gradient, which it clears. -> OptimResult."""
+    """One AdamW update from the accumulated gradient, which it clears. -> OptimResult.
+
+    Its result means that the update is logged, as durably as the worker's settings say. One that is
+    in the log already is made from the gradient that lies there.
+    """
 
     run_id: RunId
     tenant: Tenant
     adam: AdamParams
+    seq: int = 0
+    """Its place among the run's requests, under which it is logged."""
+    is_acknowledged: bool = False
+    """Its result was given before: what the log should hold and doesn't is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +239,15 @@ class Drain:
     """Finish what is queued, then exit."""
 
 
-ToWorker = Submit | Cancel | Drain
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The run's logged updates up to this request are not needed any more."""
+
+    run_id: RunId
+    through_seq: int
+
+
+ToWorker = Submit | Cancel | Forget | Drain
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +255,10 @@ class Ready:
     """The base is resident and answers."""
 
     base: BaseInfo
+    epoch: int
+    """How many workers have had this base's log, this one included."""
+    logged: Mapping[RunId, tuple[int, ...]]
+    """The requests whose updates are in the log."""
 
 
 @dataclass(frozen=True, slots=True)

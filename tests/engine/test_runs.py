@@ -40,7 +40,7 @@ def test_runs_that_share_spare_memory_update_as_if_alone(dtype: torch.dtype) -> 
         for run_id in (A, B):
             grads_P = gradient(step) * len(run_id + str(step % 2))
             runs[run_id].add_gradient(grads_P)
-            runs[run_id].optim_step(ADAM)
+            runs[run_id].publish(runs[run_id].prepare(ADAM))
             states[run_id], _ = adamw(states[run_id], grads_P, ADAM, SpareState())
     for run_id in (A, B):
         for own, alone in zip(vectors(runs[run_id].state), vectors(states[run_id]), strict=True):
@@ -52,7 +52,7 @@ def test_memory_of_replaced_states_is_used_again() -> None:
     runs.create(A, SPEC, 0)
     for step in range(6):
         runs[A].add_gradient(gradient(step))
-        runs[A].optim_step(ADAM)
+        runs[A].publish(runs[A].prepare(ADAM))
         seen.append(runs[A].state.params_P.data_ptr())
     assert len(set(seen)) == 2
 
@@ -64,7 +64,7 @@ def test_what_was_saved_or_exported_is_never_written_into(dtype: torch.dtype) ->
     runs.create(A, SPEC, 0)
     for step in range(8):
         runs[A].add_gradient(gradient(step))
-        runs[A].optim_step(ADAM)
+        runs[A].publish(runs[A].prepare(ADAM))
         shared = [runs[A].weights.flat_P]
         if step % 3 == 0:
             shared += vectors(runs.snapshot(A).state)

@@ -49,7 +49,7 @@ def found(folder):
     log = UpdateLog(folder, BASE, lambda call: call())
     try:
         return {
-            (run, seq): log.find(run, seq).gradient
+            (run, seq): log.find(run, seq, must_be=False).gradient
             for run, seqs in log.whole().items()
             for seq in seqs
         }
@@ -62,11 +62,13 @@ def test_a_later_worker_finds_what_an_earlier_one_logged(folder):
     write(folder, (RUN, 2, b"two"))
     log = UpdateLog(folder, BASE, lambda call: call())
     assert log.epoch == 3
-    logged = log.find(RUN, 1)
+    logged = log.find(RUN, 1, must_be=False)
     assert logged.gradient == b"one"
     assert logged.head == {"run": RUN, "seq": 1, "epoch": 1, "step": 1}
     assert log.whole() == {RUN: (1, 2), OTHER: (1,)}
-    assert log.find(RUN, 3) is None
+    assert log.find(RUN, 3, must_be=False) is None
+    with pytest.raises(StoreFailed, match="lacks the update"):
+        log.find(RUN, 3, must_be=True)
     log.close()
 
 
@@ -129,8 +131,9 @@ def test_a_damaged_gradient_is_refused_by_name(folder):
     path.write_bytes(data)
     log = UpdateLog(folder, BASE, lambda call: call())
     with pytest.raises(StoreFailed, match=r"gradient of request 1 of s:train:0 is damaged"):
-        log.find(RUN, 1)
-    assert log.find(OTHER, 1).gradient == b"other"
+        log.find(RUN, 1, must_be=True)
+    assert log.find(RUN, 1, must_be=False) is None, "it may never have been acknowledged"
+    assert log.find(OTHER, 1, must_be=False).gradient == b"other"
     log.close()
 
 

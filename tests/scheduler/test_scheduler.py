@@ -72,8 +72,8 @@ def sample_work(
     )
 
 
-def optim() -> OptimWork:
-    return OptimWork(RUN, T, AdamParams(learning_rate=1e-2))
+def optim(seq: int = 0, **more: Any) -> OptimWork:
+    return OptimWork(RUN, T, AdamParams(learning_rate=1e-2), seq, **more)
 
 
 def train(seed: int, run: RunId = RUN, **more: Any) -> TrainWork:
@@ -258,6 +258,111 @@ def test_a_work_of_several_micro_batches_computes_to_the_bit_what_it_would_alone
             bench.submit(optim())
             bench.run()
     assert_same_state(alone, shared)
+
+
+def test_a_deterministic_worker_shares_no_micro_batch(model: Path, tmp_path: Path) -> None:
+    other = RunId("other")
+    alone, shared = (Workbench(model, tmp_path / name, deterministic=True) for name in "as")
+    for bench in (alone, shared):
+        bench.do(CreateRun(RUN, T, SPEC, 7))
+    shared.do(CreateRun(other, T, SPEC, 8))
+    for i in range(3):
+        shared.submit(train(i + 10, other))
+        for bench in (alone, shared):
+            bench.submit(train(i))
+            bench.submit(train(i + 20))
+            bench.submit(optim())
+            bench.run()
+    assert_same_state(alone, shared)
+
+
+# -- the log of updates ---------------------------------------------------------------------------
+
+
+def logged_bench(model: Path, root: Path) -> Workbench:
+    """A run after three logged updates of two works each."""
+    bench = Workbench(model, root / "store", root / "journal")
+    bench.do(CreateRun(RUN, T, SPEC, 7))
+    for i in range(3):
+        bench.submit(train(i))
+        bench.submit(train(i + 10))
+        bench.do(optim(seq=i))
+    return bench
+
+
+def recovering_bench(bench: Workbench, model: Path, root: Path) -> Workbench:
+    assert bench.updates
+    bench.updates.close()
+    again = Workbench(model, root / "store", root / "journal")
+    again.do(CreateRun(RUN, T, SPEC, 7))
+    return again
+
+
+def test_logged_updates_are_made_again_to_the_bit_without_a_forward_pass(
+    model: Path, tmp_path: Path
+) -> None:
+    bench = logged_bench(model, tmp_path)
+    again = recovering_bench(bench, model, tmp_path)
+    for i in range(3):
+        assert again.do(optim(seq=i, is_acknowledged=True)).num_optim_steps == i + 1
+    assert_same_state(again, bench)
+    assert again.scheduler.stats().trained_tokens == 0
+    for each in (again, bench):
+        each.do(train(50))
+    assert_same_state(again, bench)
+
+
+def test_a_logged_gradient_replaces_what_has_accumulated(model: Path, tmp_path: Path) -> None:
+    """A work whose result was lost runs again before the update that it was part of."""
+    bench = logged_bench(model, tmp_path)
+    again = recovering_bench(bench, model, tmp_path)
+    for i in range(3):
+        again.submit(train(i + 10))
+        again.do(optim(seq=i))
+    assert_same_state(again, bench)
+
+
+def test_an_acknowledged_update_that_the_log_lacks_or_has_otherwise_is_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    again = recovering_bench(logged_bench(model, tmp_path), model, tmp_path)
+    with pytest.raises(StoreFailed, match="lacks the update that request 9"):
+        again.do(optim(seq=9, is_acknowledged=True))
+    with pytest.raises(StoreFailed, match="logged with num_optim_steps 2, not 1"):
+        again.do(optim(seq=1, is_acknowledged=True))
+    with pytest.raises(StoreFailed, match="logged with adam"):
+        again.do(OptimWork(RUN, T, AdamParams(learning_rate=0.5), seq=0, is_acknowledged=True))
+    assert again.engine.runs[RUN].state.num_optim_steps == 0
+
+
+def test_an_update_that_can_not_be_logged_keeps_its_gradient(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = logged_bench(model, tmp_path)
+    bench.do(train(5))
+    before = [tensor.clone() for tensor in state_of(bench)]
+
+    def is_full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("openmint.journal.update_log.os.write", is_full)
+        with pytest.raises(StoreFailed, match="nothing was applied"):
+            bench.do(optim(seq=3))
+    assert all(torch.equal(a, b) for a, b in zip(state_of(bench), before, strict=True))
+    assert bench.do(optim(seq=4)).num_optim_steps == 4
+
+
+def test_a_dropped_run_leaves_the_log(model: Path, tmp_path: Path) -> None:
+    bench = logged_bench(model, tmp_path)
+    bench.do(DropRun(RUN, T))
+    assert bench.updates
+    bench.updates.append(RunId("other"), 1, {}, memoryview(b""), lambda error: None)
+    bench.updates.close()
+    assert RUN not in bench.updates.whole()
+
+
+# -- restoring ------------------------------------------------------------------------------------
 
 
 def test_a_restored_run_goes_on_bitwise_as_if_never_stopped(model: Path, tmp_path: Path) -> None:
