@@ -16,6 +16,7 @@ OpenMintError
     ├── Overloaded          no room now; `retry_after_seconds` says when to come back
     ├── StoreFailed         bytes could not be read or written, or do not match their digest
     └── EngineFailed        the worker died or a step failed
+        └── WorkerLost      it died; what a run asked of it is sent to its successor
 """
 
 from __future__ import annotations
@@ -101,3 +102,7 @@ class StoreFailed(ServiceError):
 
 class EngineFailed(ServiceError):
     code = "engine_failed"
+
+
+class WorkerLost(EngineFailed):
+    code = "worker_lost"

@@ -69,9 +69,15 @@ class TestServer:
         ]
 
 
+def gateway_of(server: TestServer) -> psutil.Process:
+    """The gateway process that the service has now. Raises ValueError between two of them."""
+    (gateway,) = psutil.Process(server.process.pid).children()
+    return gateway
+
+
 def workers_of(server: TestServer) -> list[psutil.Process]:
     """The worker processes that the service has now."""
-    children = psutil.Process(server.process.pid).children()
+    children = psutil.Process(server.process.pid).children(recursive=True)
     return [child for child in children if "openmint.cluster.worker" in child.cmdline()]
 
 

@@ -15,6 +15,7 @@ from openmint.catalog.evaluations import EvaluationRecords
 from openmint.catalog.garbage import GarbageRecords
 from openmint.catalog.keys import KeyRecords, load_pepper
 from openmint.catalog.policies import PolicyRecords, RunRecords
+from openmint.catalog.requests import RequestRecords
 from openmint.catalog.revisions import RevisionRecords
 from openmint.catalog.sessions import SessionRecords
 
@@ -24,6 +25,7 @@ class Catalog(
     SessionRecords,
     PolicyRecords,
     RunRecords,
+    RequestRecords,
     RevisionRecords,
     CheckpointRecords,
     SamplerRecords,

@@ -342,6 +342,7 @@ class SamplerRecords:
         base: BaseInfo,
         revision: Digest | None,
         model_path: str | None,
+        inflight_run: RunId | None = None,
     ) -> Sampler:
         """A sampler bound to a revision or the bare base; the one there is when repeated.
 
@@ -362,6 +363,7 @@ class SamplerRecords:
                         base_digest=base.digest,
                         revision=revision,
                         model_path=model_path,
+                        inflight_run=inflight_run,
                         created_at=now(),
                     )
                 )
@@ -373,6 +375,12 @@ class SamplerRecords:
             if (known.tenant, known.base_digest, known.model_path, bound) != wanted:
                 raise Conflict(f"sampling session {sampler_id} is bound to something else")
             return known
+
+    def move_samplers(self, run_id: RunId, revision: Digest) -> None:
+        """Bind the samplers that follow the run to newer weights."""
+        following = t.sampler.c.inflight_run == run_id
+        with self._database.write() as connection:
+            connection.execute(update(t.sampler).where(following).values(revision=revision))
 
     def sampler(self, tenant: Tenant, sampler_id: str) -> Sampler:
         """Raises NotFound."""

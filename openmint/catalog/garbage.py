@@ -1,5 +1,6 @@
 """Bytes that lost a record, doomed in the transaction that took it away, so that no crash forgets
-them. They may go once nothing uses them: no revision, no checkpoint, no sampler of an open session.
+them. They may go once nothing uses them: no revision, no checkpoint, no run that would be rebuilt
+from them, no sampler of an open session.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class GarbageRecords:
 def _is_named(digest: Any) -> ColumnElement[bool]:
     revision, checkpoint = t.revision.c, t.checkpoint.c
     live = select(revision.number).where(revision.digest == digest, revision.deleted_at.is_(None))
-    return live.exists() | select(checkpoint.name).where(checkpoint.digest == digest).exists()
+    saved = select(checkpoint.name).where(checkpoint.digest == digest)
+    rebuilt = select(t.run.c.run_id).where(t.run.c.snapshot_digest == digest)
+    repeated = select(t.request.c.seq).where(t.request.c.needs == digest)
+    return live.exists() | saved.exists() | rebuilt.exists() | repeated.exists()
 
 
 def _is_sampled(digest: Any) -> ColumnElement[bool]:

@@ -250,9 +250,14 @@ class RunRecords:
             connection.execute(update(t.run).where(t.run.c.run_id == run_id).values(**values))
 
     def lose_runs(self, run_ids: Sequence[RunId] | None = None) -> int:
-        """Mark live runs as lost: these, or at start all of them. Their checkpoints remain."""
+        """Mark live runs as lost: these, or those of which no request is known.
+
+        Their checkpoints remain.
+        """
         lost = t.run.c.status == "live"
         if run_ids is not None:
             lost &= t.run.c.run_id.in_(run_ids)
+        else:
+            lost &= t.run.c.run_id.not_in(select(t.request.c.run_id))
         with self._database.write() as connection:
             return connection.execute(update(t.run).where(lost).values(status="lost")).rowcount

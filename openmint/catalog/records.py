@@ -14,6 +14,7 @@ Role = Literal["admin", "train", "serve", "read"]
 ROLES: tuple[Role, ...] = ("admin", "train", "serve", "read")
 SessionStatus = Literal["open", "finished", "expired"]
 RunStatus = Literal["live", "closed", "lost"]
+RequestStatus = Literal["accepted", "done", "failed"]
 Segment = Literal["weights", "sampler_weights", "external_weights"]
 Origin = Literal["trained", "imported"]
 AliasAction = Literal["set", "promote", "rollback"]
@@ -162,6 +163,8 @@ class Sampler:
     base_digest: Digest
     revision: Digest | None
     model_path: str | None
+    inflight_run: RunId | None
+    """The run whose in-flight saves move this sampler, if any does."""
     created_at: datetime
 
 
@@ -240,3 +243,41 @@ class AuditEvent:
     subject: str
     details: Mapping[str, Any]
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """A request of a training run."""
+
+    run_id: RunId
+    seq: int
+    session_id: SessionId
+    tenant: Tenant
+    request_id: str
+    kind: str
+    fingerprint: bytes
+    status: RequestStatus
+    body: bytes | None
+    needs: Digest | None
+    """Stored bytes without which it can't be done again."""
+    outcome: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a request ended."""
+
+    run_id: RunId
+    seq: int
+    status: RequestStatus
+    outcome: bytes
+    keeps_body: bool
+    """Whether its run can't be rebuilt without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A run's state after its request `seq`."""
+
+    digest: Digest
+    seq: int

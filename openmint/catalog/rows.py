@@ -17,6 +17,7 @@ from openmint.catalog.records import (
     Checkpoint,
     Evaluation,
     Policy,
+    RequestRecord,
     Revision,
     Run,
     Sampler,
@@ -104,6 +105,7 @@ EVALUATIONS = select(t.evaluation, t.policy.c.name.label("policy_name")).join_fr
     t.evaluation, t.policy, isouter=True
 )
 AUDIT_EVENTS = select(t.audit_event)
+REQUESTS = select(t.request)
 
 SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (ApiKey, KEYS),
@@ -118,5 +120,6 @@ SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (TaskRecord, TASKS),
     (Evaluation, EVALUATIONS),
     (AuditEvent, AUDIT_EVENTS),
+    (RequestRecord, REQUESTS),
 )
 """Which select fills which record; a test holds them together."""

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, false, or_, select, tupl
 from openmint.catalog import tables as t
 from openmint.catalog.database import Database, now
 from openmint.catalog.records import Session, SessionStatus
+from openmint.catalog.requests import drop_requests
 from openmint.catalog.rows import MAX_LIST, SESSIONS, many, metadata, one
 from openmint.errors import Conflict, InvalidRequest, NotFound
 from openmint.types import SessionId, Tenant
@@ -202,3 +203,4 @@ def _end(
     )
     live = t.run.c.session_id.in_(session_ids) & (t.run.c.status == "live")
     connection.execute(update(t.run).where(live).values(status="closed"))
+    drop_requests(connection, session_ids)

@@ -131,10 +131,34 @@ run = Table(
     _required("last_request_at", Instant),
     _required("status", Text),
     Column("num_optim_steps", Integer, nullable=False),
+    # From where the run is rebuilt: its state after that request. See catalog/requests.py.
+    Column("snapshot_digest", Text),
+    Column("snapshot_seq", Integer),
     # A retried create_model finds its first attempt here.
     UniqueConstraint("session_id", "model_seq_id"),
     Index(None, "tenant", "created_at", "run_id"),
     Index(None, "policy_id"),
+    Index(None, "snapshot_digest"),
+)
+
+request = Table(
+    "request",
+    METADATA,
+    # No reference to a run: the first request is there before its run is.
+    Column("run_id", Text, nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("session_id", Text, ForeignKey("session.session_id"), nullable=False),
+    _required("tenant", Text),
+    _required("request_id", Text),
+    _required("kind", Text),
+    Column("fingerprint", LargeBinary, nullable=False),
+    _required("status", Text),
+    Column("body", LargeBinary),
+    Column("needs", Text),
+    Column("outcome", LargeBinary),
+    PrimaryKeyConstraint("run_id", "seq"),
+    Index(None, "session_id"),
+    Index(None, "needs"),
 )
 
 revision = Table(
@@ -194,6 +218,7 @@ sampler = Table(
     _required("base_digest", Text),
     Column("revision", Text),
     Column("model_path", Text),
+    Column("inflight_run", Text),
     _required("created_at", Instant),
     UniqueConstraint("session_id", "seq_id"),
     Index(None, "revision"),

@@ -1,267 +1,134 @@
-"""`openmint serve`: joins all rooms into the gateway process and its workers, and takes them down.
+"""`openmint serve`: one process that keeps the port, the data folder and a gateway alive.
 
-The HTTP port opens at once; `/readyz` turns 200 when every base is resident. A worker that dies is
-started again. SIGTERM and SIGINT stop in order: no new requests, requests in flight, workers,
-catalogue. A second signal ends the process at once.
+The gateway is a child, forked before anything heavy is loaded. One that is killed, or ends in an
+error of its own, is started again behind the same listening socket: clients that connect meanwhile
+wait in its queue. SIGTERM and SIGINT are passed on, and the gateway stops in order.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import gc
-import ipaddress
-import logging
 import os
 import signal
 import socket
+import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import structlog
-import uvicorn
 
-from openmint import __version__
-from openmint.api.app import create_app
-from openmint.api.measure import Measure
-from openmint.catalog.catalog import Catalog
-from openmint.cli.data_folder import ADMIN_KEY_FILE, opened_catalog, sole_server, write_admin_key
+from openmint.cli.data_folder import sole_server
 from openmint.cli.open_files import allow_open_files
-from openmint.cli.output import console
-from openmint.cluster.process import WorkerProcess, start_worker
+from openmint.cli.output import err_console, exit_code_of
 from openmint.config import Settings
-from openmint.errors import InvalidRequest, OpenMintError, ServiceError
-from openmint.models.embedded import EMBEDDED_BASE, install_client_files, resolve_base
+from openmint.errors import OpenMintError, ServiceError
 from openmint.observe.logs import configure_logs
-from openmint.observe.metrics import Metrics
-from openmint.service.gateway import Gateway, build_gateway
-from openmint.service.workers import Workers
-from openmint.store.blobs import BlobStore
-from openmint.types import Tenant
 
 log = structlog.get_logger(__name__)
 
-GRACE_SECONDS = 10
-"""How long requests in flight may go on after the first signal."""
-RESTART_SECONDS, MAX_RESTART_SECONDS = 1.0, 60.0
-WATCH_SECONDS = 1.0
-DEFAULT_TENANT = Tenant("default")
+CRASHED = 70
+"""What a gateway exits with when an error that isn't ours ended it (EX_SOFTWARE)."""
+RESTART_SECONDS, MAX_RESTART_SECONDS = 0.1, 30.0
+SOUND_SECONDS = 60.0
+"""A gateway that ran for as long is started again at once."""
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal. Raises Conflict when the folder is in use, InvalidRequest for settings
-    that can't work, ServiceError when the port is taken or a base doesn't load.
+    """Serve until a signal, then exit with what the gateway exits with. Raises Conflict when the
+    folder is in use, ServiceError when the port is taken.
     """
     configure_logs()
     allow_open_files()
-    _check_bases(settings)
-    with (
-        sole_server(settings.data),
-        opened_catalog(settings, create=True) as catalog,
-        _bound_socket(settings) as listener,
-    ):
-        key_note = ensure_key(settings, catalog)
-        url = _url_of(settings.host, listener)
-        _say_start(settings, url, key_note)
-        asyncio.run(Service(settings, catalog, listener, url).run())
-    console.print("stopped")
+    with sole_server(settings.data), bound_socket(settings) as listener:
+
+        def run() -> None:
+            from openmint.cli.gateway import run_gateway  # loads the web stack, in the child alone
+
+            run_gateway(settings, listener)
+
+        code = Supervisor(run).keep_running()
+    sys.exit(code)
 
 
-class Service:
-    """One running gateway with its workers."""
+class Supervisor:
+    """Runs a function in a child process, again and again until it ends by itself."""
 
-    def __init__(
-        self, settings: Settings, catalog: Catalog, listener: socket.socket, url: str
-    ) -> None:
-        self._settings, self._listener, self._url = settings, listener, url
-        self._workers = Workers(len(settings.bases))
-        self._processes: dict[str, WorkerProcess] = {}
-        self._metrics = Metrics(__version__)
-        self._metrics.watch_workers(
-            lambda: [(c.base.name, c.alive, c.stats) for c in self._workers.all()]
-        )
-        store = BlobStore(settings.data)
-        store.sweep_incoming()
-        self._gateway: Gateway = build_gateway(settings, catalog, store, self._workers)
-        self._metrics.watch_futures(self._gateway.futures.num_pending)
-        self._stopping = asyncio.Event()
-        self._failure: OpenMintError | None = None
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run = run
+        self._child = 0
+        self._is_stopping = False
 
-    async def run(self) -> None:
-        """Returns after an orderly stop. Raises the error that kept a base from loading."""
-        server = _uvicorn_server(self._gateway, self._metrics)
-        self._catch_signals(server)
-        loader = asyncio.create_task(self._load_bases(server), name="workers")
-        try:
-            await server.serve(sockets=[self._listener])
-        except SystemExit:  # uvicorn's way to say that the application failed to start
-            self._failure = ServiceError("the HTTP service didn't start; the log says why")
-        self._stopping.set()
-        loader.cancel()
-        await asyncio.gather(loader, return_exceptions=True)
-        await asyncio.gather(*(process.stop() for process in self._processes.values()))
-        if self._failure:
-            raise self._failure
-
-    def _catch_signals(self, server: uvicorn.Server) -> None:
-        def stop() -> None:
-            if self._stopping.is_set():
-                os._exit(1)
-            log.info("stopping", grace_seconds=GRACE_SECONDS)
-            self._stopping.set()
-            server.should_exit = True
-
-        loop = asyncio.get_running_loop()
+    def keep_running(self) -> int:
+        """The exit code of the child that ended by itself, or after a signal to stop."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
-
-    async def _load_bases(self, server: uvicorn.Server) -> None:
-        """Load all bases at once; then keep a worker alive behind each of them."""
-        try:
-            await asyncio.gather(*(self._start(base) for base in self._settings.bases))
-        except OpenMintError as error:
-            self._failure = error
-            server.should_exit = True
-            return
-        except Exception as error:  # a task's edge: without its bases the service is no use
-            log.error("base_not_loaded", exc_info=error)
-            self._failure = ServiceError(f"a base could not be loaded: {error}")
-            server.should_exit = True
-            return
-        # What stays for good needn't be looked at again: a full collection took 0.06 s.
-        gc.collect()
-        gc.freeze()
-        _say_ready(self._settings, self._url)
-        watches = [self._end_silent(base) for base in self._settings.bases]
-        await asyncio.gather(*(self._keep_alive(base) for base in self._settings.bases), *watches)
-
-    async def _start(self, base: str) -> None:
-        started_at = time.monotonic()
-        before = self._processes.get(base)
-        client = before.client if before else None
-        process = self._processes[base] = await start_worker(base, self._settings, client)
-        process.client.observer = self._metrics
-        self._workers.add(process.client)
-        info = process.base
-        install_client_files(Path(info.directory), info.name, self._settings.data / "client")
-        seconds = time.monotonic() - started_at
-        log.info("base_resident", base=info.name, digest=info.digest, seconds=round(seconds, 2))
-        what = f"{info.architecture}, {info.num_params / 1e6:.0f} M parameters, {info.dtype}"
-        console.print(f"  resident    {info.name} ({what}, {info.device}) after {seconds:.1f} s")
-
-    async def _end_silent(self, base: str) -> None:
-        """Kill a worker that hangs; `_keep_alive` starts the next one.
-
-        Silence is counted in looks, so that a gateway that was itself stopped blames nobody.
-        """
-        heard_at, silent_seconds = 0.0, 0.0
-        while not self._stopping.is_set():
-            await asyncio.sleep(WATCH_SECONDS)
-            worker = self._processes[base]
-            if not worker.client.alive or worker.client.heard_at_seconds != heard_at:
-                heard_at, silent_seconds = worker.client.heard_at_seconds, 0.0
-                continue
-            silent_seconds += WATCH_SECONDS
-            if silent_seconds > self._settings.service.worker_silence_seconds:
-                log.error("worker_silent", base=worker.base.name, seconds=silent_seconds)
-                with contextlib.suppress(ProcessLookupError):  # it ended by itself
-                    worker.process.kill()
-
-    async def _keep_alive(self, base: str) -> None:
+            signal.signal(number, self._pass_on)
         pause_seconds = RESTART_SECONDS
-        while True:
-            code = await self._processes[base].process.wait()
-            if self._stopping.is_set():
-                return
-            name = self._processes[base].base.name
-            log.error("worker_died", base=name, exit_code=code, restart_in_seconds=pause_seconds)
-            self._metrics.worker_restarts.labels(name).inc()
-            await asyncio.sleep(pause_seconds)
-            try:
-                await self._start(base)
+        while not self._is_stopping:
+            started_at = time.monotonic()
+            status = self._run_child()
+            if status >= 0 and status != CRASHED:
+                return status
+            if time.monotonic() - started_at > SOUND_SECONDS:
                 pause_seconds = RESTART_SECONDS
-            except Exception as error:  # a task's edge: whatever it was may pass
-                log.error("worker_restart_failed", base=name, exc_info=error)
-                pause_seconds = min(2 * pause_seconds, MAX_RESTART_SECONDS)
+            log.error("gateway_died", status=status, restart_in_seconds=pause_seconds)
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, MAX_RESTART_SECONDS)
+        return 0
+
+    def _run_child(self) -> int:
+        """Its exit code, or the negative number of the signal that ended it."""
+        ours, theirs = os.pipe()
+        # A signal must find either no child or its number.
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        self._child = os.fork()
+        if self._child == 0:
+            os.close(theirs)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            os._exit(self._be_child(ours))
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        os.close(ours)
+        _, status = os.waitpid(self._child, 0)
+        self._child = 0
+        os.close(theirs)
+        return os.waitstatus_to_exitcode(status)
+
+    def _be_child(self, lifeline: int) -> int:
+        """Run the function; what to exit with."""
+        os.setpgid(0, 0)  # a Ctrl-C in a terminal reaches the parent, which passes it on, once
+        threading.Thread(target=_end_without_parent, args=(lifeline,), daemon=True).start()
+        try:
+            self._run()
+            return 0
+        except OpenMintError as error:
+            err_console.print("error:", error.message, style=None, markup=False)
+            return exit_code_of(error)
+        except BaseException:  # the process's edge
+            traceback.print_exc()
+            return CRASHED
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._is_stopping = True
+        if self._child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child, signal.SIGTERM)
 
 
-def ensure_key(settings: Settings, catalog: Catalog) -> str:
-    """Where a key can be found; on a loopback address the first start makes an admin key.
-
-    Raises InvalidRequest when there is no key and the address can be reached from elsewhere.
-    """
-    path = settings.data / ADMIN_KEY_FILE
-    if catalog.has_keys():
-        return str(path) if path.is_file() else "(made with `openmint keys create`)"
-    if not is_loopback(settings.host):
-        raise InvalidRequest(
-            f"{settings.host} can be reached from other machines and no API key exists; first run "
-            f"`openmint keys create --data {settings.data} --tenant NAME --role admin`"
-        )
-    key, _ = catalog.create_key(DEFAULT_TENANT, "admin", note="made by the first start")
-    return f"{write_admin_key(settings.data, key)} (new)"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to `Service`, which stops the workers too."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _uvicorn_server(gateway: Gateway, metrics: Metrics) -> uvicorn.Server:
-    app = create_app(gateway)
-    app.state.metrics = metrics
-    config = uvicorn.Config(
-        Measure(app, metrics),
-        http="httptools",  # the strictest parser of those that uvicorn can use
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=75,
-    )
-    # A request cut off by the grace period is what the operator asked for, not an error.
-    logging.getLogger("uvicorn.error").addFilter(_as_warning)
-    return _Server(config)
-
-
-def _as_warning(record: logging.LogRecord) -> bool:
-    if "graceful shutdown exceeded" in record.msg:
-        record.levelno, record.levelname = logging.WARNING, "WARNING"
-    return True
-
-
-def _check_bases(settings: Settings) -> None:
-    """Refuse folders that can't be bases before anything starts. Converts nothing."""
-    if not settings.bases:
-        raise InvalidRequest("give at least one --base")
-    names = [
-        base if base == EMBEDDED_BASE else resolve_base(base, settings.data).name
-        for base in settings.bases
-    ]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InvalidRequest(
-            f"two bases are called {twice[0]!r}, the name that clients ask for; rename a folder"
-        )
+def _end_without_parent(lifeline: int) -> None:
+    """Nobody would start this process again, or free its port: it ends as if it had crashed."""
+    os.read(lifeline, 1)
+    os._exit(1)
 
 
 @contextlib.contextmanager
-def _bound_socket(settings: Settings) -> Iterator[socket.socket]:
+def bound_socket(settings: Settings) -> Iterator[socket.socket]:
     """A listening socket. Raises ServiceError when the address can't be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # Only sockets that say TCP are sent from without delay by asyncio; else the second packet of
@@ -278,29 +145,3 @@ def _bound_socket(settings: Settings) -> Iterator[socket.socket]:
         listener.listen(2048)
         listener.setblocking(False)
         yield listener
-
-
-def _url_of(host: str, listener: socket.socket) -> str:
-    port = listener.getsockname()[1]
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-
-
-def _say_start(settings: Settings, url: str, key_note: str) -> None:
-    console.print(f"[bold]OpenMinT {__version__}[/bold]")
-    console.print(f"  listening   {url}")
-    console.print(f"  data        {settings.data.resolve()}")
-    console.print(f"  API key     {key_note}")
-    for base in settings.bases:
-        first = base == EMBEDDED_BASE and not (settings.data / "bases" / base).exists()
-        note = " (first start: it is converted once, about half a minute)" if first else ""
-        console.print(f"  loading     {base}{note}")
-
-
-def _say_ready(settings: Settings, url: str) -> None:
-    key_file = settings.data.resolve() / ADMIN_KEY_FILE
-    key = f"$(cat {key_file})" if key_file.is_file() else "<your key>"
-    console.print("[green]ready[/green]; in another terminal:")
-    console.print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY={key}")
-    console.print(f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$TINKER_API_KEY")
-    console.print(f"  cd {settings.data.resolve() / 'client'}   # tokenizers by name, offline")

@@ -32,9 +32,12 @@ activations off fresh pages (docs/performance.md). The environment of `serve` wi
 class WorkerProcess:
     """A running worker and the client of its link."""
 
-    def __init__(self, process: asyncio.subprocess.Process, client: WorkerClient) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, client: WorkerClient, ready: Ready
+    ) -> None:
         self.process = process
         self.client = client
+        self.ready = ready
 
     @property
     def base(self) -> BaseInfo:
@@ -101,5 +104,5 @@ async def start_worker(
         raise EngineFailed(f"base {base!r} could not be loaded: {answer.error}")
     assert isinstance(answer, Ready)
     client = client or WorkerClient()
-    client.connect(reader, writer, answer.base)
-    return WorkerProcess(process, client)
+    client.connect(reader, writer, answer)
+    return WorkerProcess(process, client, answer)

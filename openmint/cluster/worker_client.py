@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from openmint.cluster.link import frame, read_frame
-from openmint.errors import EngineFailed
+from openmint.errors import EngineFailed, WorkerLost
 from openmint.scheduler.work import (
     Cancel,
     Command,
@@ -21,6 +21,7 @@ from openmint.scheduler.work import (
     Done,
     Drain,
     Failed,
+    Forget,
     Ready,
     Result,
     SampleDelta,
@@ -31,11 +32,11 @@ from openmint.scheduler.work import (
     ToWorker,
     WorkerStats,
 )
-from openmint.types import BaseInfo
+from openmint.types import BaseInfo, RunId
 
 
 class Observer(Protocol):
-    """Hears how long each command took; `cli/serve.py` joins the metrics to it."""
+    """Hears how long each command took; `cli/gateway.py` joins the metrics to it."""
 
     def observe_command(self, base: str, kind: str, seconds: float, ok: bool) -> None: ...
     def observe_first_token(self, base: str, seconds: float) -> None: ...
@@ -91,13 +92,16 @@ class WorkerClient:
     """Sends commands to one worker and hands each result to whoever waits for it.
 
     Samples outlive a worker: its successor draws them anew, with the same seeds. Commands of a
-    training run end with the worker that held the run.
+    training run end in WorkerLost with the worker that held the run; whoever sent them knows what
+    has to come before them when they are sent again.
 
     Frames are `<u64 length><pickle>` on a socket pair that only these two processes hold, so no
     foreign byte is ever unpickled.
     """
 
     base: BaseInfo
+    epoch: int
+    """How many workers have had the base's journal, the present one included."""
 
     def __init__(self) -> None:
         self.stats = WorkerStats()
@@ -113,18 +117,21 @@ class WorkerClient:
         """Nobody is going to start another worker, as far as we know."""
 
     def connect(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, base: BaseInfo
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: Ready
     ) -> None:
-        """Send everything to this worker from now on, first of all what waits.
+        """Send everything to this worker from now on, first of all the samples that wait.
 
         What waits for another base's weights fails.
         """
         if self._giving_up:
             self._giving_up.cancel()
-        if self._waiting and base.digest != self.base.digest:
+        if self._waiting and ready.base.digest != self.base.digest:
             self._fail_all("was restarted with other weights")
-        self.base, self._writer, self._is_over = base, writer, False
-        self._pump = asyncio.create_task(self._receive(reader), name=f"worker-link:{base.name}")
+        self.base, self.epoch = ready.base, ready.epoch
+        self._writer, self._is_over = writer, False
+        self._pump = asyncio.create_task(
+            self._receive(reader), name=f"worker-link:{self.base.name}"
+        )
         for work_id, waiting in self._waiting.items():
             if not waiting.future.done():
                 self._start(work_id, waiting)
@@ -134,7 +141,7 @@ class WorkerClient:
         return self._writer is not None
 
     async def call(self, command: Command) -> Result:
-        """The command's result. Raises what the worker raised, or EngineFailed if it died.
+        """The command's result. Raises what the worker raised, or WorkerLost if it died.
 
         Cancelling the awaiting task cancels a sample in the engine and frees its pages; commands of
         a training run are never cancelled, because they were accepted.
@@ -165,6 +172,11 @@ class WorkerClient:
             getter.cancel()
             task.cancel()
 
+    def forget(self, run_id: RunId, through_seq: int) -> None:
+        """Tell the worker that the run's logged updates up to this request may go."""
+        if self.alive:
+            self._send(Forget(run_id, through_seq))
+
     async def drain(self) -> None:
         """Ask the worker to finish its queue and exit; returns when the link is closed."""
         self._is_over = True
@@ -174,7 +186,9 @@ class WorkerClient:
         self._fail_all(STOPPED)
 
     async def _submit(self, command: Command, stream: Stream | None) -> Result:
-        if self._is_over or not (self.alive or isinstance(command, SampleWork)):
+        if not isinstance(command, SampleWork) and not self.alive:
+            raise WorkerLost(f"the worker of base {self.base.name!r} is not running; retry later")
+        if self._is_over:
             raise EngineFailed(f"the worker of base {self.base.name!r} is not running; retry later")
         work_id = next(self._work_ids)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
@@ -222,7 +236,9 @@ class WorkerClient:
             self._writer.close()
             self._writer = None
         for waiting in self._waiting.values():
-            if self._is_over or not isinstance(waiting.command, SampleWork):
+            if not isinstance(waiting.command, SampleWork):
+                self._fail(waiting, STOPPED, WorkerLost)
+            elif self._is_over:
                 self._fail(waiting, STOPPED)
             elif waiting.num_runs >= MOST_RUNS:
                 self._fail(waiting, f"died {MOST_RUNS} times while this was running")
@@ -238,11 +254,10 @@ class WorkerClient:
         for waiting in self._waiting.values():
             self._fail(waiting, what)
 
-    def _fail(self, waiting: Waiting, what: str) -> None:
+    def _fail(self, waiting: Waiting, what: str, kind: type[EngineFailed] = EngineFailed) -> None:
         if not waiting.future.done():
-            waiting.future.set_exception(
-                EngineFailed(f"the worker of base {self.base.name!r} {what}; retry later")
-            )
+            message = f"the worker of base {self.base.name!r} {what}; retry later"
+            waiting.future.set_exception(kind(message))
 
     def _deliver(self, message: ToGateway) -> None:
         self.heard_at_seconds = time.monotonic()

@@ -20,7 +20,7 @@ from openmint.errors import InvalidRequest
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.store.adapter_file import check_adapter, encode_adapter
 from openmint.store.blobs import BlobStore
-from openmint.store.safetensors_header import read_header
+from openmint.store.safetensors_header import encode_safetensors, read_header
 from openmint.types import BaseInfo, Digest, LoraSpec
 
 PREFIX = "base_model.model."
@@ -56,22 +56,24 @@ def decode_revision(
 
 
 def encode_training(snapshot: RunSnapshot, base: BaseInfo) -> bytes:
-    """The training state file: weights, moments, step count and any pending gradient, all fp32."""
+    """The training state file: weights, moments, step count and any pending gradient, all fp32;
+    equal states give equal bytes."""
     state = snapshot.state
-    tensors = {
+    vectors = {
         "params": state.params_P,
         "exp_avg": state.exp_avg_P,
         "exp_avg_sq": state.exp_avg_sq_P,
     }
     if snapshot.grads_P is not None:
-        tensors["grads"] = snapshot.grads_P
+        vectors["grads"] = snapshot.grads_P
     metadata = {
         "format": TRAINING_FORMAT,
         "base": base.digest,
         "spec": json.dumps(asdict(snapshot.spec), sort_keys=True),
         "num_optim_steps": str(state.num_optim_steps),
     }
-    return safetensors.torch.save({k: v.cpu() for k, v in tensors.items()}, metadata)
+    tensors = {name: ("F32", tuple(each.shape), _raw(each)) for name, each in vectors.items()}
+    return encode_safetensors(tensors, metadata)
 
 
 def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:

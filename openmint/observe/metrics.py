@@ -55,7 +55,7 @@ WORKER_COUNTERS: tuple[tuple[str, str, str], ...] = (
 
 
 class Metrics:
-    """What the gateway counts; one per process, joined in `cli/serve.py`."""
+    """What the gateway counts; one per process, joined in `cli/gateway.py`."""
 
     def __init__(self, version: str = "0") -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads

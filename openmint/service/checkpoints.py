@@ -23,6 +23,7 @@ from openmint.service.collector import Collector
 from openmint.service.fingerprint import fingerprint
 from openmint.service.futures import ResultFuture
 from openmint.service.links import Links
+from openmint.service.orders import LoadOrder, SamplerOrder, SaveOrder
 from openmint.service.resolve import path_of, readable_checkpoint
 from openmint.service.sampling import Sampler, Sampling
 from openmint.service.sessions import Sessions
@@ -35,14 +36,12 @@ from openmint.types import Digest, RunId, SessionId, Tenant
 EXTERNAL_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
-    """What a save asks for; without a name it is named by its seq_id."""
-
-    name: str | None
-    ttl_seconds: int | None = None
-    overwrite: bool = False
-    user_metadata: Mapping[str, str] | None = None
+SAVES: dict[Segment, str] = {
+    "weights": "save_weights",
+    "sampler_weights": "save_weights_for_sampler",
+    "external_weights": "save_weights_external",
+}
+"""What the request is called that makes a checkpoint of each segment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,60 +71,24 @@ class Checkpoints:
         self._sessions, self._training, self._sampling = sessions, training, sampling
         self._collector = collector
         self.links = Links()
+        training.performs(SaveOrder, self._save)
+        training.performs(SamplerOrder, self._open_sampler)
+        training.performs(LoadOrder, self._load)
 
     # -- saving -------------------------------------------------------------------------------
 
-    def save_state(self, run: LiveRun, seq: int | None, save: Save) -> ResultFuture:
-        """Save weights, moments and step count. Durable when the future resolves."""
-        return self._save(run, seq, save, "weights", SaveRun(run.run_id, run.tenant))
+    def save(self, run: LiveRun, seq: int | None, order: SaveOrder) -> ResultFuture:
+        """Save the run. Its result: the bytes and their record are durable.
 
-    def save_for_sampler(self, run: LiveRun, seq: int | None, save: Save) -> ResultFuture:
-        """Make a named revision; the policy's alias `latest` moves to it."""
-        command = ExportRun(run.run_id, run.tenant, keep_resident=True)
-        return self._save(run, seq, save, "sampler_weights", command)
-
-    def save_external(self, run: LiveRun, seq: int | None, save: Save) -> ResultFuture:
-        """Save a PEFT folder for download."""
-        command = ExportRun(run.run_id, run.tenant, keep_resident=False)
-        return self._save(run, seq, save, "external_weights", command)
-
-    def _save(
-        self,
-        run: LiveRun,
-        seq: int | None,
-        save: Save,
-        segment: Segment,
-        command: SaveRun | ExportRun,
-    ) -> ResultFuture:
-        kind = {
-            "weights": "save_weights",
-            "sampler_weights": "save_weights_for_sampler",
-            "external_weights": "save_weights_external",
-        }[segment]
-        name = save.name if save.name is not None else f"seq-{seq or 0}"
-        path = TinkerPath(run.run_id, segment, checks.check_name(name, "path"))
-
-        async def start() -> object:
-            with self._collector.saving():
-                blob = await self._training.call(run, command)
-                assert isinstance(blob, SavedBlob)
-                await asyncio.to_thread(
-                    self._catalog.add_checkpoint,
-                    run.tenant,
-                    run.run_id,
-                    segment,
-                    name,
-                    blob,
-                    ttl_seconds=save.ttl_seconds,
-                    overwrite=save.overwrite,
-                    user_metadata=save.user_metadata,
-                )
-            return {"path": str(path), "size_bytes": blob.size_bytes, "type": kind}
-
-        content = fingerprint(kind, save)
-        if not self._training.is_known(run, seq) and not save.overwrite:
+        Segment `weights` holds weights, moments and step count; `sampler_weights` is a named
+        revision, to which the policy's alias `latest` moves; `external_weights` is a PEFT folder
+        for download.
+        """
+        path = TinkerPath(run.run_id, order.segment, checks.check_name(order.name, "path"))
+        content = fingerprint(order)
+        if not self._training.is_known(run, seq) and not order.overwrite:
             self._refuse_taken(run, path)
-        return self._training.submit(run, seq, kind, content, start)
+        return self._training.submit(run, seq, SAVES[order.segment], content, order)
 
     def _refuse_taken(self, run: LiveRun, path: TinkerPath) -> None:
         try:
@@ -134,6 +97,28 @@ class Checkpoints:
             return
         raise Conflict(f"checkpoint {path} exists; choose another name, or send overwrite=true")
 
+    async def _save(self, run: LiveRun, _seq: int, order: SaveOrder) -> object:
+        command: SaveRun | ExportRun = SaveRun(run.run_id, run.tenant)
+        if order.segment != "weights":
+            keep = order.segment == "sampler_weights"
+            command = ExportRun(run.run_id, run.tenant, keep_resident=keep)
+        with self._collector.saving():
+            blob = await self._training.call(run, command)
+            assert isinstance(blob, SavedBlob)
+            await asyncio.to_thread(
+                self._catalog.add_checkpoint,
+                run.tenant,
+                run.run_id,
+                order.segment,
+                order.name,
+                blob,
+                ttl_seconds=order.ttl_seconds,
+                overwrite=order.overwrite,
+                user_metadata=order.user_metadata,
+            )
+        path = TinkerPath(run.run_id, order.segment, order.name)
+        return {"path": str(path), "size_bytes": blob.size_bytes, "type": SAVES[order.segment]}
+
     def open_sampler(
         self, run: LiveRun, seq: int | None, sampling_seq: int, *, inflight: bool
     ) -> ResultFuture:
@@ -141,25 +126,27 @@ class Checkpoints:
 
         With `inflight`, later in-flight saves of the run move this sampler to their weights.
         """
-        sampler_id = f"{run.session_id}:sample:{sampling_seq}"
+        order = SamplerOrder(sampling_seq, inflight)
+        kind = SAVES["sampler_weights"]
+        return self._training.submit(run, seq, kind, fingerprint(order), order)
+
+    async def _open_sampler(self, run: LiveRun, _seq: int, order: SamplerOrder) -> object:
+        sampler_id = f"{run.session_id}:sample:{order.sampling_seq}"
         command = ExportRun(run.run_id, run.tenant, keep_resident=True)
-
-        async def start() -> object:
-            with self._collector.saving():
-                blob = await self._training.call(run, command)
-                assert isinstance(blob, SavedBlob)
-                await asyncio.to_thread(
-                    self._catalog.add_run_revision, run.tenant, run.run_id, blob, ephemeral=True
-                )
-            sampler = Sampler(sampler_id, run.tenant, run.session_id, run.base, blob.digest, None)
-            sampler = await self._sampling.add(sampler)
-            if inflight:
-                sampler.inflight_run = run.run_id
-                self._sampling.publish_inflight(run.run_id, blob.digest)
-            return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
-
-        content = fingerprint("sampler", sampling_seq, inflight)
-        return self._training.submit(run, seq, "save_weights_for_sampler", content, start)
+        with self._collector.saving():
+            blob = await self._training.call(run, command)
+            assert isinstance(blob, SavedBlob)
+            await asyncio.to_thread(
+                self._catalog.add_run_revision, run.tenant, run.run_id, blob, ephemeral=True
+            )
+        follows = run.run_id if order.inflight else None
+        sampler = Sampler(
+            sampler_id, run.tenant, run.session_id, run.base, blob.digest, None, follows
+        )
+        await self._sampling.add(sampler)
+        if order.inflight:
+            await self._sampling.publish_inflight(run.run_id, blob.digest)
+        return {"sampling_session_id": sampler_id, "type": SAVES["sampler_weights"]}
 
     # -- loading ------------------------------------------------------------------------------
 
@@ -177,14 +164,13 @@ class Checkpoints:
                 f"{path} holds {found.spec}, the run trains {run.spec}; "
                 "start a run from it with create_training_client_from_state"
             )
-        command = _restore(run.run_id, run.tenant, found, optimizer)
-
-        async def start() -> object:
-            await self._training.call(run, command)
-            return {"path": path, "model_id": run.run_id, "type": "load_weights"}
-
+        order = LoadOrder(path, _restore(run.run_id, run.tenant, found, optimizer))
         content = fingerprint("load", path, optimizer)
-        return self._training.submit(run, seq, "load_weights", content, start)
+        return self._training.submit(run, seq, "load_weights", content, order)
+
+    async def _load(self, run: LiveRun, _seq: int, order: LoadOrder) -> object:
+        await self._training.call(run, order.command)
+        return {"path": order.path, "model_id": run.run_id, "type": "load_weights"}
 
     def create_from(
         self,

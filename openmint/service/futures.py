@@ -41,6 +41,8 @@ class ResultFuture:
     opened_at_seconds: float = field(default_factory=time.monotonic)
     finished_at_seconds: float = 0.0
     task: asyncio.Task[None] | None = None
+    accepting: asyncio.Task[None] | None = None
+    """Writes the request down, for those that outlive the process."""
     encoded: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
     def resolve(self, result: object) -> None:
@@ -53,18 +55,37 @@ class ResultFuture:
             self.error, self.finished_at_seconds = error, time.monotonic()
             self.done.set()
 
+    async def accepted(self) -> None:
+        """Wait until the request is written down. Raises what kept it from being."""
+        if self.accepting is not None:
+            await asyncio.shield(self.accepting)
+
     async def settle(self, work: Awaitable[object]) -> None:
         """Wait for `work` and take its outcome; nothing is left pending, whatever happens."""
         try:
-            self.resolve(await work)
-        except OpenMintError as error:
-            self.fail(error)
+            self.take(*await outcome_of(work, self))
         except asyncio.CancelledError:
             self.fail(Gone("given up: its client cancelled it, or its session ended"))
             raise
-        except Exception as error:
-            log.error("request_failed", request_id=self.request_id, kind=self.kind, exc_info=error)
-            self.fail(EngineFailed(f"unexpected failure; report it with {self.request_id}"))
+
+    def take(self, result: object, error: OpenMintError | None) -> None:
+        if error is None:
+            self.resolve(result)
+        else:
+            self.fail(error)
+
+
+async def outcome_of(
+    work: Awaitable[object], future: ResultFuture
+) -> tuple[object, OpenMintError | None]:
+    """The result of the future's work, or its error; what isn't one of ours is logged whole."""
+    try:
+        return await work, None
+    except OpenMintError as error:
+        return None, error
+    except Exception as error:
+        log.error("request_failed", request_id=future.request_id, kind=future.kind, exc_info=error)
+        return None, EngineFailed(f"unexpected failure; report it with {future.request_id}")
 
 
 class Futures:
@@ -98,8 +119,11 @@ class Futures:
     def open(self, tenant: Tenant, kind: str, key: Key, fingerprint: bytes) -> ResultFuture:
         """A new pending future; the caller has seen that there is none under `key`."""
         request_id = f"{SAMPLE if kind == 'sample' else 'req-'}{secrets.token_hex(12)}"
-        future = ResultFuture(request_id, tenant, kind, key, fingerprint)
-        self._by_id[request_id] = self._by_key[key] = future
+        return self.add(ResultFuture(request_id, tenant, kind, key, fingerprint))
+
+    def add(self, future: ResultFuture) -> ResultFuture:
+        """Have this future be found, one of an earlier process too."""
+        self._by_id[future.request_id] = self._by_key[future.key] = future
         return future
 
     def get(self, tenant: Tenant, request_id: str) -> ResultFuture:

@@ -1,4 +1,4 @@
-"""Everything that a route may reach, joined once by `cli/serve.py`."""
+"""Everything that a route may reach, joined once by `cli/gateway.py`."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ class Gateway:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Sweep until the exit. Runs of an earlier process are marked lost: their workers ended."""
-        self.catalog.lose_runs()
+        """Sweep until the exit."""
         self.evaluations.fail_abandoned()
         sweeper = asyncio.create_task(self._sweep_forever(), name="sweeper")
         try:
@@ -70,7 +69,7 @@ class Gateway:
     async def sweep(self) -> None:
         """Forget old results, bring records up to date, close and delete what is over."""
         now = time.monotonic()
-        self.training.forget(self.futures.sweep(now))
+        await self.training.forget(self.futures.sweep(now))
         await self.training.keep_records()
         await self.sessions.keep_time(now)
         await self.checkpoints.expire()
@@ -90,7 +89,10 @@ class Gateway:
 def build_gateway(
     settings: Settings, catalog: Catalog, store: BlobStore, workers: Workers
 ) -> Gateway:
-    """The control plane over these parts; `running` must surround its use."""
+    """The control plane over these parts, with what an earlier process left in the catalogue.
+
+    `running` must surround its use.
+    """
     service = settings.service
     futures = Futures(service.future_ttl_seconds)
     sessions = Sessions(catalog, service.session_timeout_seconds)
@@ -100,6 +102,7 @@ def build_gateway(
     checkpoints = Checkpoints(catalog, store, workers, sessions, training, sampling, collector)
     targets = Targets(catalog, workers, sampling)
     completions = Completions(targets, TokenizerCache())
+    training.restore()
     return Gateway(
         settings,
         catalog,

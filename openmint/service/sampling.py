@@ -142,6 +142,7 @@ class Sampling:
             base=sampler.base,
             revision=sampler.revision,
             model_path=sampler.model_path,
+            inflight_run=sampler.inflight_run,
         )
         # A retry stays with what the first attempt was bound to.
         sampler.revision = record.revision
@@ -154,7 +155,13 @@ class Sampling:
             record = self._catalog.sampler(tenant, sampler_id)
             base = self._workers.by_digest(record.base_digest).base
             sampler = Sampler(
-                sampler_id, tenant, record.session_id, base, record.revision, record.model_path
+                sampler_id,
+                tenant,
+                record.session_id,
+                base,
+                record.revision,
+                record.model_path,
+                record.inflight_run,
             )
             if self._sessions.record(tenant, record.session_id).finished_at is None:
                 self._samplers[sampler_id] = sampler
@@ -162,8 +169,9 @@ class Sampling:
             raise NotFound(f"no sampling session {sampler_id[:200]!r}")
         return sampler
 
-    def publish_inflight(self, run_id: RunId, revision: Digest) -> None:
-        """Point the run's in-flight samplers at newer weights."""
+    async def publish_inflight(self, run_id: RunId, revision: Digest) -> None:
+        """Point the run's in-flight samplers at newer weights, durably."""
+        await asyncio.to_thread(self._catalog.move_samplers, run_id, revision)
         for sampler in self._samplers.values():
             if sampler.inflight_run == run_id:
                 sampler.revision = revision

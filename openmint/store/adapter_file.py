@@ -16,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from openmint.errors import InvalidRequest
-from openmint.store.safetensors_header import Header, TensorEntry, read_header
+from openmint.store.safetensors_header import (
+    Header,
+    TensorBytes,
+    TensorEntry,
+    encode_safetensors,
+    read_header,
+)
 from openmint.types import BaseInfo, Digest, LoraSpec, TargetGroup
 
 FORMAT = "openmint-adapter/1"
@@ -47,9 +53,6 @@ PLAIN = {
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """PEFT initialisations that change the base's own weights; alone, such an adapter means nothing."""
 
-TensorBytes = tuple[str, tuple[int, ...], bytes]
-"""Safetensors dtype name, shape, raw little-endian bytes."""
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterHeader:
@@ -78,17 +81,7 @@ def encode_adapter(
         "alpha": repr(float(spec.alpha)),
         "targets": ",".join(spec.groups),
     }
-    header: dict[str, Any] = {"__metadata__": metadata}
-    position, parts = 0, []
-    for name in sorted(tensors):
-        dtype, shape, raw = tensors[name]
-        stop = position + len(raw)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
-        position = stop
-        parts.append(raw)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    return encode_safetensors(tensors, metadata)
 
 
 def check_adapter(data: bytes, base: BaseInfo) -> AdapterHeader:

@@ -1,4 +1,4 @@
-"""Reading a safetensors file's header without trusting it.
+"""Safetensors files: reading a header without trusting it, writing the same bytes each time.
 
 Format: u64 header length, JSON header, tensor bytes end to end. The parser caps the header before
 it looks at it, and refuses what the reference parser lets through: duplicate keys, empty tensors,
@@ -27,6 +27,10 @@ FOREIGN = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b
 but then the rest of the length is zero."""
 
 
+TensorBytes = tuple[str, tuple[int, ...], bytes]
+"""dtype, shape and raw bytes of one tensor."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor: its bytes are `data[start:stop]` of the whole file."""
@@ -41,6 +45,24 @@ class TensorEntry:
 class Header:
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorEntry]
+
+
+def encode_safetensors(tensors: Mapping[str, TensorBytes], metadata: Mapping[str, str]) -> bytes:
+    """The file of these tensors, in an order that depends on their names alone.
+
+    The library's own writer puts metadata in an order that changes from process to process.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position, parts = 0, []
+    for name in sorted(tensors):
+        dtype, shape, raw = tensors[name]
+        stop = position + len(raw)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+        parts.append(raw)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def read_header(data: bytes) -> Header:

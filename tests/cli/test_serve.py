@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from openmint.cli.serve import _bound_socket
+from openmint.cli.serve import bound_socket
 from openmint.config import Settings
 from tests.servers import (
     TestServer,
@@ -82,7 +82,7 @@ def test_metrics_name_routes_by_template_and_workers_by_base(tiny_server: TestSe
 
 
 def test_connections_send_small_packets_at_once() -> None:
-    with _bound_socket(Settings(port=0)) as listener:
+    with bound_socket(Settings(port=0)) as listener:
         # What asyncio looks at before it turns Nagle's algorithm off.
         assert listener.proto == socket.IPPROTO_TCP
 

@@ -18,6 +18,7 @@ from openmint.scheduler.work import (
     Delta,
     Done,
     OptimWork,
+    Ready,
     SampleDelta,
     SampleResult,
     SampleWork,
@@ -42,7 +43,7 @@ class PlayedWorker:
     @classmethod
     async def behind(cls, client: WorkerClient, base: Any = BASE) -> PlayedWorker:
         ours, theirs = socket.socketpair()
-        client.connect(*await asyncio.open_connection(sock=ours), base)
+        client.connect(*await asyncio.open_connection(sock=ours), Ready(base, 1, {}))
         worker = cls(*await asyncio.open_connection(sock=theirs))
         cls.met.append(worker)
         return worker

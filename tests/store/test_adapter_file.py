@@ -18,7 +18,6 @@ import transformers
 from openmint.errors import InvalidRequest, OpenMintError, UnsupportedFormat
 from openmint.store.adapter_file import (
     PREFIX,
-    TensorBytes,
     check_adapter,
     encode_adapter,
     expected_tensors,
@@ -27,7 +26,7 @@ from openmint.store.adapter_file import (
     to_float32,
     to_peft,
 )
-from openmint.store.safetensors_header import read_header
+from openmint.store.safetensors_header import TensorBytes, read_header
 from openmint.types import BaseInfo, Digest, LoraSpec, TargetGroup, TargetModule
 
 CONFIG = transformers.LlamaConfig(

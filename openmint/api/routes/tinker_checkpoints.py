@@ -10,11 +10,12 @@ from fastapi.responses import Response
 from openmint.api.auth import App, Caller
 from openmint.api.bodies import read
 from openmint.api.routes.tinker_training import promise
-from openmint.catalog.records import Checkpoint, Run
+from openmint.catalog.records import Checkpoint, Run, Segment
 from openmint.errors import InvalidRequest
 from openmint.service import checks
-from openmint.service.checkpoints import CopyTo, Save
+from openmint.service.checkpoints import CopyTo
 from openmint.service.gateway import Gateway
+from openmint.service.orders import SaveOrder
 from openmint.service.resolve import checkpoint_path, path_of
 from openmint.types import RunId, SessionId, Tenant
 from openmint.wire import requests
@@ -39,9 +40,8 @@ async def save_weights(request: Request, caller: Caller, gateway: App) -> Respon
     caller.require("train")
     body = await read(request, requests.SaveWeights)
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
-        save = Save(body.path, body.ttl_seconds, body.overwrite, body.user_metadata)
-        future = gateway.checkpoints.save_state(run, body.seq_id, save)
-    return promise(future, run.run_id)
+        future = gateway.checkpoints.save(run, body.seq_id, _order("weights", body))
+    return await promise(future, run.run_id)
 
 
 @router.post("/save_weights_for_sampler")
@@ -57,9 +57,9 @@ async def save_weights_for_sampler(request: Request, caller: Caller, gateway: Ap
         else:
             if body.kind == "inflight":
                 raise InvalidRequest("an inflight save has no path; send sampling_session_seq_id")
-            save = Save(body.path, body.ttl_seconds, body.overwrite, body.user_metadata)
-            future = gateway.checkpoints.save_for_sampler(run, body.seq_id, save)
-    return promise(future, run.run_id)
+            order = _order("sampler_weights", body)
+            future = gateway.checkpoints.save(run, body.seq_id, order)
+    return await promise(future, run.run_id)
 
 
 @router.post("/save_weights_external")
@@ -70,9 +70,19 @@ async def save_weights_external(request: Request, caller: Caller, gateway: App) 
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
         if body.age_encryption_recipients:
             raise InvalidRequest("age_encryption_recipients is not supported; send none")
-        save = Save(body.path, body.ttl_seconds)
-        future = gateway.checkpoints.save_external(run, body.seq_id, save)
-    return promise(future, run.run_id)
+        future = gateway.checkpoints.save(run, body.seq_id, _order("external_weights", body))
+    return await promise(future, run.run_id)
+
+
+def _order(
+    segment: Segment,
+    body: requests.SaveWeights | requests.SaveForSampler | requests.SaveExternal,
+) -> SaveOrder:
+    """What to save; without a name it is named by its seq_id."""
+    name = body.path if body.path is not None else f"seq-{body.seq_id or 0}"
+    if isinstance(body, requests.SaveExternal):
+        return SaveOrder(segment, name, body.ttl_seconds, overwrite=False, user_metadata=None)
+    return SaveOrder(segment, name, body.ttl_seconds, body.overwrite, body.user_metadata)
 
 
 @router.post("/load_weights")
@@ -90,7 +100,7 @@ async def load_weights(request: Request, caller: Caller, gateway: App) -> Respon
         raise InvalidRequest("send model_id and seq_id, or session_id and model_seq_id")
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
         future = gateway.checkpoints.load(run, body.seq_id, body.path, optimizer=body.optimizer)
-    return promise(future, run.run_id)
+    return await promise(future, run.run_id)
 
 
 async def _create_from(body: requests.LoadWeights, tenant: Tenant, gateway: Gateway) -> Response:
@@ -105,7 +115,7 @@ async def _create_from(body: requests.LoadWeights, tenant: Tenant, gateway: Gate
         base_model=body.base_model,
         user_metadata=checks.check_metadata(body.user_metadata),
     )
-    return promise(future, new.run_id)
+    return await promise(future, new.run_id)
 
 
 @router.post("/weights_info")

@@ -24,8 +24,9 @@ router = APIRouter(prefix="/api/v1")
 DEFAULT_RANK = 32
 
 
-def promise(future: ResultFuture, run_id: str) -> Response:
-    """The answer to a request that opened a future."""
+async def promise(future: ResultFuture, run_id: str) -> Response:
+    """The answer to a request that opened a future, once the request is written down."""
+    await future.accepted()
     return JSONResponse({"request_id": future.request_id, "model_id": run_id})
 
 
@@ -51,7 +52,7 @@ async def create_model(request: Request, caller: Caller, gateway: App) -> Respon
         spec=spec,
         user_metadata=checks.check_metadata(body.user_metadata),
     )
-    return promise(gateway.training.create_run(new, lora.seed), new.run_id)
+    return await promise(gateway.training.create_run(new, lora.seed), new.run_id)
 
 
 @router.post("/get_info")
@@ -102,7 +103,7 @@ async def _train(
         else:
             data, loss = await asyncio.to_thread(given.content)
         future = gateway.training.train(run, given.seq_id, data, loss, given.forward_only)
-    return promise(future, run.run_id)
+    return await promise(future, run.run_id)
 
 
 @router.post("/optim_step")
@@ -112,4 +113,4 @@ async def optim_step(request: Request, caller: Caller, gateway: App) -> Response
     body = await read(request, requests.OptimStep)
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
         future = gateway.training.optim_step(run, body.seq_id, adam_params(body))
-    return promise(future, run.run_id)
+    return await promise(future, run.run_id)

@@ -1,0 +1,37 @@
+"""Requests of runs, the states from which runs are rebuilt, and samplers that follow a run.
+
+Revision ID: 0002
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "request",
+        sa.Column("run_id", sa.Text(), nullable=False),
+        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("session_id", sa.Text(), nullable=False),
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("request_id", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("fingerprint", sa.LargeBinary(), nullable=False),
+        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=True),
+        sa.Column("needs", sa.Text(), nullable=True),
+        sa.Column("outcome", sa.LargeBinary(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["session_id"], ["session.session_id"], name="fk_request_session_id"
+        ),
+        sa.PrimaryKeyConstraint("run_id", "seq", name="pk_request"),
+    )
+    op.create_index("ix_request_session_id", "request", ["session_id"], unique=False)
+    op.create_index("ix_request_needs", "request", ["needs"], unique=False)
+    op.add_column("run", sa.Column("snapshot_digest", sa.Text(), nullable=True))
+    op.add_column("run", sa.Column("snapshot_seq", sa.Integer(), nullable=True))
+    op.create_index("ix_run_snapshot_digest", "run", ["snapshot_digest"], unique=False)
+    op.add_column("sampler", sa.Column("inflight_run", sa.Text(), nullable=True))
