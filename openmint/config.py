@@ -92,15 +92,24 @@ class ServiceConfig:
     """How long a finished result can be fetched again."""
     session_timeout_seconds: float = 900.0
     """A session without heartbeat or request for this long is closed and its memory freed."""
-    seq_gap_seconds: float = 5.0
-    """How long a command waits for a missing earlier seq_id before it goes ahead."""
+    seq_gap_seconds: float = 30.0
+    """How long a command waits for a missing earlier seq_id before it goes ahead; what comes later
+    than that is refused, as it would run out of order."""
     default_alpha: float = 32.0
     """LoRA alpha of new runs; the update is scaled by alpha / rank."""
+    snapshot_updates: int = 20
+    """Updates after which a run's state is saved by itself. Until then its gradients are kept, and
+    after a crash its updates are made again from them."""
+    snapshot_idle_seconds: float = 60.0
+    """A changed run that nobody asks anything for this long is saved too."""
+    journal_bytes: int = 2048 * MIB
+    """Kept gradients of one base, beyond which the runs with most of them are saved earlier."""
     worker_silence_seconds: float = 300.0
     """A worker that says nothing for this long is taken to hang: it is killed and started again.
     It speaks between steps, so keep this above the longest step."""
 
     def __post_init__(self) -> None:
+        _at_least("service.snapshot_updates", self.snapshot_updates, 1)
         _at_least("service.worker_silence_seconds", self.worker_silence_seconds, 3)
 
 

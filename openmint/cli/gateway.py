@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 
 GRACE_SECONDS = 10
 """How long requests in flight may go on after the first signal."""
-RESTART_SECONDS, MAX_RESTART_SECONDS = 1.0, 60.0
+RESTART_SECONDS, MAX_RESTART_SECONDS = 0.1, 60.0
 WATCH_SECONDS = 1.0
 DEFAULT_TENANT = Tenant("default")
 

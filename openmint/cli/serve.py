@@ -31,8 +31,8 @@ log = structlog.get_logger(__name__)
 
 CRASHED = 70
 """What a gateway exits with when an error that isn't ours ended it (EX_SOFTWARE)."""
-RESTART_SECONDS, MAX_RESTART_SECONDS = 0.1, 30.0
-SOUND_SECONDS = 60.0
+RESTART_SECONDS, MAX_RESTART_SECONDS = 0.1, 10.0
+SOUND_SECONDS = 3.0
 """A gateway that ran for as long is started again at once."""
 
 

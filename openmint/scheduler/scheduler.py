@@ -640,6 +640,7 @@ class Scheduler:
             revision_loads=counters["loads"],
             revision_evictions=counters["evictions"],
             preemptions=self._batcher.num_preemptions,
+            journal_bytes=self._updates.num_bytes,
             train_seconds=self._phases.train_seconds,
             serve_seconds=self._phases.serve_seconds,
             resident_revisions=self._slots.resident,

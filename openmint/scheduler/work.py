@@ -300,6 +300,7 @@ class WorkerStats:
     revision_loads: int = 0
     revision_evictions: int = 0
     preemptions: int = 0
+    journal_bytes: int = 0
     train_seconds: float = 0.0
     serve_seconds: float = 0.0
     resident_revisions: tuple[Digest, ...] = field(default=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -22,6 +22,7 @@ from openmint.service.futures import Futures
 from openmint.service.promotion import Promotion
 from openmint.service.sampling import Sampling
 from openmint.service.sessions import Sessions
+from openmint.service.snapshots import Snapshots
 from openmint.service.targets import Targets
 from openmint.service.tokenizers import TokenizerCache
 from openmint.service.training import Training
@@ -52,19 +53,23 @@ class Gateway:
     promotion: Promotion
     adapters: Adapters
     evaluations: Evaluations
+    snapshots: Snapshots
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Sweep until the exit."""
         self.evaluations.fail_abandoned()
-        sweeper = asyncio.create_task(self._sweep_forever(), name="sweeper")
+        keepers = [
+            asyncio.create_task(self._sweep_forever(), name="sweeper"),
+            asyncio.create_task(self.snapshots.keep(), name="snapshots"),
+        ]
         try:
             yield
         finally:
             await self.evaluations.close()
-            sweeper.cancel()
-            with suppress(asyncio.CancelledError):
-                await sweeper
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.gather(*keepers, return_exceptions=True)
 
     async def sweep(self) -> None:
         """Forget old results, bring records up to date, close and delete what is over."""
@@ -119,4 +124,5 @@ def build_gateway(
         Promotion(catalog),
         Adapters(catalog, store, workers, collector),
         Evaluations(catalog, completions),
+        Snapshots(catalog, workers, training, collector, service),
     )

@@ -82,12 +82,18 @@ LARGE_BYTES = 1 << 16
 """Orders above it are encoded off the event loop."""
 
 
-@dataclass(frozen=True, slots=True)
+MOST_LOSSES = 8
+"""Workers that a request may see the end of. One that all of them died of may be the cause."""
+
+
+@dataclass(eq=False, slots=True)
 class Pending:
     """A request that is written down and has no outcome yet."""
 
     order: Order
     future: ResultFuture
+    num_losses: int = 0
+    """Workers that died while they had it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -374,8 +380,10 @@ class Training:
         """
         pending = run.pending[seq]
         perform = self._performers[type(pending.order)]
+        is_sent = self._workers.by_digest(run.base.digest).alive
         result, error = await outcome_of(perform(run, seq, pending.order), pending.future)
-        if not isinstance(error, WorkerLost):
+        pending.num_losses += is_sent and isinstance(error, WorkerLost)
+        if not isinstance(error, WorkerLost) or pending.num_losses == MOST_LOSSES:
             await self._end(run, seq, pending, result, error)
 
     async def _end(
