@@ -56,11 +56,14 @@ class RequestRecords:
                 connection.execute(update(t.request).where(THIS).values(values), ends)
 
     def open_requests(self) -> list[RequestRecord]:
-        """Those of every run whose session is open, run by run and in their order."""
+        """Those of every run whose session is open, run by run and in their order.
+
+        One that was accepted just when its session ended is forgotten here.
+        """
         ended = select(t.session.c.session_id).where(t.session.c.finished_at.is_not(None))
-        query = REQUESTS.where(t.request.c.session_id.not_in(ended))
-        with self._database.read() as connection:
-            ordered = query.order_by(t.request.c.run_id, t.request.c.seq)
+        with self._database.write() as connection:
+            connection.execute(delete(t.request).where(t.request.c.session_id.in_(ended)))
+            ordered = REQUESTS.order_by(t.request.c.run_id, t.request.c.seq)
             return many(connection, RequestRecord, ordered)
 
     def requests_of(self, run_id: RunId) -> list[RequestRecord]:

@@ -82,7 +82,7 @@ class Snapshots:
             assert isinstance(blob, SavedBlob)
             before = [pending for at, pending in run.pending.items() if at <= seq]
             await asyncio.gather(*(pending.future.done.wait() for pending in before))
-            if run.is_closed:
+            if run.ended is not None:
                 return
             saved = SavedState(blob.digest, seq)
             await asyncio.to_thread(self._catalog.move_snapshot, run.run_id, saved)

@@ -118,7 +118,8 @@ class LiveRun:
     num_optim_steps: int = 0
     is_asked: bool = True
     """Whether a request came since the record was last brought up to date."""
-    is_closed: bool = False
+    ended: OpenMintError | None = None
+    """Why nothing more is done for it."""
 
 
 Performer = Callable[[LiveRun, int, Any], Awaitable[object]]
@@ -361,8 +362,8 @@ class Training:
                 self._runs.pop(run.run_id, None)
             raise
         run.pending[seq] = pending
-        if run.is_closed:
-            future.fail(Gone(SESSION_ENDED))
+        if run.ended is not None:
+            await self._end(run, seq, pending, None, run.ended)
         elif seq < run.lane.next_seq:
             late = Gone(f"seq_id {seq} came after later ones had gone ahead without it")
             await self._end(run, seq, pending, None, late)
@@ -555,7 +556,7 @@ class Training:
         log.error("run_lost", run=run.run_id, error=error.message)
         run.lane.stop()
         self._runs.pop(run.run_id, None)
-        lost = EngineFailed(
+        run.ended = lost = EngineFailed(
             f"training run {run.run_id!r} could not be rebuilt: {error.message}; continue from a "
             "checkpoint with create_training_client_from_state"
         )
@@ -575,11 +576,11 @@ class Training:
         """Free the session's runs in the workers."""
         runs = [run for run in self._runs.values() if run.session_id == session_id]
         for run in runs:
-            run.is_closed = True
+            run.ended = Gone(SESSION_ENDED)
             run.lane.stop()
             self._runs.pop(run.run_id, None)
             for pending in run.pending.values():
-                pending.future.fail(Gone(SESSION_ENDED))
+                pending.future.fail(run.ended)
             self._spawn(self._drop(run))
 
     async def _drop(self, run: LiveRun) -> None:

@@ -1,0 +1,75 @@
+"""A policy's life in which a process dies at the 1st, 2nd, 3rd ... time that something is written,
+synced, renamed, deleted or committed, until a life passes untouched. All lives come out the same.
+
+`make chaos` tries every one; a test run every eighth.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.life import live
+from tests.servers import (
+    TestServer,
+    run_cli,
+    start_server,
+    stop_server,
+    wait_until_ready,
+)
+
+pytestmark = [pytest.mark.chaos, pytest.mark.integration, pytest.mark.slow]
+
+STRIDE = int(os.environ.get("OPENMINT_CHAOS_STRIDE", "8"))
+COUNT = struct.Struct("<q")
+NEVER = 0
+HOOKS = Path(__file__).parent / "crashing"
+
+
+@pytest.fixture(scope="module")
+def crash_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("crashing") / "left"
+    path.write_bytes(COUNT.pack(NEVER))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, crash_file: Path
+) -> Iterator[TestServer]:
+    root = tmp_path_factory.mktemp("enumerated")
+    environ = {
+        "PYTHONPATH": f"{HOOKS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OPENMINT_TEST_CRASH_FILE": str(crash_file),
+        "OPENMINT_SERVICE_SNAPSHOT_UPDATES": "2",
+    }
+    running = start_server(root, root / "data", bases=[str(tiny_base("llama"))], environ=environ)
+    try:
+        wait_until_ready(running)
+        yield running
+    finally:
+        crash_file.write_bytes(COUNT.pack(NEVER))
+        stop_server(running)
+
+
+@pytest.mark.timeout(3600)
+def test_every_life_comes_out_the_same(server: TestServer, crash_file: Path) -> None:
+    expected = live(server, "undisturbed")
+    dies_at = 1
+    while True:
+        crash_file.write_bytes(COUNT.pack(dies_at))
+        life = live(server, f"dies-at-{dies_at}")
+        (left,) = COUNT.unpack(crash_file.read_bytes())
+        crash_file.write_bytes(COUNT.pack(NEVER))
+        assert life == expected, f"the life in which a process died at write {dies_at}"
+        wait_until_ready(server)
+        if left > 0:
+            break
+        dies_at += STRIDE
+    print(f"untouched from write {dies_at} on")
+    assert dies_at > 30, "the hooks count nothing"
+    run_cli("journal", "verify", "--data", str(server.data))
