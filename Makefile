@@ -16,7 +16,7 @@ TESTS ?=
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-fast lint format types docs serve bench clean
+.PHONY: help install demo test test-fast lint format types docs serve chaos bench clean
 
 help:
 	@echo "make demo [QUICK=1]   two tenants train, promote, serve and roll back (<= 10 min; QUICK 3 min)"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint             ruff, mypy       make format -- let ruff rewrite"
 	@echo "make docs             rewrite the pages that are made from the code"
 	@echo "make bench            race this machine against rivals and its own limit (an hour)"
+	@echo "make chaos            200 kills, and a crash at every write (40 minutes)"
 	@echo "make clean            remove environments, caches and test data"
 
 install: $(READY)
@@ -73,6 +74,9 @@ docs: $(READY)
 
 serve: $(READY)
 	@$(BIN)/openmint serve --port $(PORT) --data $(DATA)
+
+chaos: $(READY)
+	@OPENMINT_CHAOS_KILLS=200 OPENMINT_CHAOS_STRIDE=1 $(BIN)/python -m pytest -s tests/chaos
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import tinker
 from tinker import types
 
 from openmint.catalog.address import TinkerPath
 from openmint.catalog.catalog import Catalog
-from openmint.types import Tenant
+from openmint.store.blobs import BlobStore
+from openmint.types import Digest, Tenant
 from tests.servers import TestServer
 
 VOCAB = 4000
@@ -27,6 +29,7 @@ class Job:
 
     seed: int
     loss: str
+    learning_rate: float = 1e-2
 
     @property
     def policy(self) -> str:
@@ -76,7 +79,7 @@ def train(server: TestServer, job: Job, goes_on: Callable[[int], bool]) -> Outco
         while goes_on(told.num_steps):
             step = told.num_steps
             passes = [run.forward_backward(job.data(2 * step + i), job.loss) for i in range(2)]
-            update = run.optim_step(types.AdamParams(learning_rate=1e-2))
+            update = run.optim_step(types.AdamParams(learning_rate=job.learning_rate))
             told.losses += [each.result().metrics["loss:sum"] for each in passes]
             told.grad_norms.append(update.result().metrics["grad_norm:max"])
             if step % STEPS_PER_SAVE == 0:
@@ -115,3 +118,9 @@ def latest_of(data: Path, policy: str) -> str:
         return str(catalog.alias(T, policy, "latest").digest)
     finally:
         catalog.close()
+
+
+def state_of(data: Path, path: str) -> dict[str, np.ndarray]:
+    """The tensors of a saved training state."""
+    (digest,) = digests_of(data, [path])
+    return safetensors.numpy.load(BlobStore(data).get(Digest(digest)))
