@@ -22,6 +22,7 @@ QUESTIONS = (
     "decode",
     "adapters",
     "handoff",
+    "durability",
     "startup",
     "control",
     "load",

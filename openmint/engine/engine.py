@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from openmint.config import WorkerConfig
@@ -85,9 +87,9 @@ class Engine:
             run.add_gradient(snapshot.grads_P)
         return layout.num_params
 
-    def set_gradient(self, run_id: RunId, gradient: bytes) -> None:
+    def read_gradient(self, run_id: RunId, read_into: Callable[[memoryview], None]) -> None:
         """Have a logged gradient be the run's accumulated one. Raises StoreFailed."""
-        self.runs[run_id].set_gradient(gradient)
+        self.runs[run_id].read_gradient(read_into)
 
     def prepare_update(self, run_id: RunId, adam: AdamParams) -> Update:
         """One update of the run, not yet in effect. Raises InvalidRequest, NotFound."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from openmint.engine.optimizer import AdamState, SpareState, adamw
-from openmint.errors import InvalidRequest, NotFound, Overloaded, StoreFailed
+from openmint.errors import InvalidRequest, NotFound, Overloaded
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.types import AdamParams, BaseInfo, LoraSpec, RunId
 
@@ -33,21 +34,24 @@ class Run:
     def set_state(self, state: AdamState) -> None:
         self.state = state
         self._is_private = False
-        """Whether an update made the state and nobody else reads it."""
+        """Whether nobody else reads the state, so that its memory is ours to use again."""
         self.weights = AdapterWeights(self.layout, state.params_P.to(self.dtype))
+
+    def own_state(self) -> None:
+        """Nobody else has the state's vectors, unless they are the ones that compute."""
+        self._is_private = self.weights.flat_P is not self.state.params_P
 
     def add_gradient(self, grads_P: Tensor) -> None:
         self.grads_P += grads_P
         self.has_gradient = True
 
-    def set_gradient(self, gradient: bytes) -> None:
-        """Have the logged gradient of an update be the accumulated one. Raises StoreFailed."""
-        if len(gradient) != self.grads_P.nbytes:
-            raise StoreFailed(
-                f"a logged gradient has {len(gradient)} bytes, this run's {self.grads_P.nbytes}"
-            )
-        self.grads_P.copy_(torch.frombuffer(bytearray(gradient), dtype=torch.float32))
+    def read_gradient(self, read_into: Callable[[memoryview], None]) -> None:
+        """Have what is read, fp32, be the accumulated gradient."""
+        gradient_P = self.grads_P.cpu()
         self.has_gradient = True
+        read_into(gradient_P.numpy().data)
+        if gradient_P is not self.grads_P:
+            self.grads_P.copy_(gradient_P)
 
     def clear_gradient(self) -> None:
         self.grads_P.zero_()
@@ -65,7 +69,7 @@ class Run:
         """Have the update take effect; its gradient is used up."""
         before, was_private = self.state, self._is_private
         self.set_state(update.state)
-        self._is_private = self.weights.flat_P is not update.state.params_P
+        self.own_state()
         if was_private:
             self._spare.give(before)
         self.clear_gradient()
@@ -155,7 +159,9 @@ class Runs:
         for a_RI, _ in layout.views(params_P).values():
             bound = 1.0 / math.sqrt(a_RI.shape[1])
             a_RI.uniform_(-bound, bound, generator=generator)
-        return self.put(run_id, layout, AdamState.fresh(params_P.to(self._device)))
+        run = self.put(run_id, layout, AdamState.fresh(params_P.to(self._device)))
+        run.own_state()
+        return run
 
     def put(self, run_id: RunId, layout: AdapterLayout, state: AdamState) -> Run:
         """Start a session with this state, or replace a live one."""

@@ -82,12 +82,19 @@ def read_frames(path: Path) -> Iterator[Frame | Damage]:
             offset = frame.end
 
 
-def read_body(path: Path, frame: Frame) -> bytes | None:
-    """The frame's body; None when it isn't what was written."""
-    with path.open("rb") as file:
+def read_body(path: Path, frame: Frame, into: memoryview) -> bool:
+    """Read the frame's body into memory of its size; whether it is what was written."""
+    with path.open("rb", buffering=0) as file:
         file.seek(frame.body_offset)
-        body = file.read(frame.body_bytes)
-    return body if digest_of(body) == frame.body_digest else None
+        done = 0
+        while done < frame.body_bytes and (count := file.readinto(into[done:])):
+            done += count
+    return digest_of(into) == frame.body_digest
+
+
+def is_whole(path: Path, frame: Frame) -> bool:
+    """Whether the frame's body is what was written."""
+    return read_body(path, frame, memoryview(bytearray(frame.body_bytes)))
 
 
 def _read_frame(file: BinaryIO, offset: int, size: int) -> Frame | None:

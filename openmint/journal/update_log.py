@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 
 from openmint.errors import StoreFailed
-from openmint.journal.frames import Damage, Frame, frame_start, read_body, read_frames
+from openmint.journal.frames import Damage, Frame, frame_start, is_whole, read_body, read_frames
 from openmint.store.folders import sync_folder
 from openmint.types import Digest, RunId
 
@@ -47,17 +47,27 @@ def folder_of(data: Path, base: Digest) -> Path:
 class Logged:
     """An update in the log."""
 
-    head: Mapping[str, Any]
-    gradient: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a gradient is. `is_whole` is False when its bytes were found to be damaged."""
-
     path: Path
     frame: Frame
     is_whole: bool
+    """False when its gradient was found to be damaged."""
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        return self.frame.head
+
+    def read_into(self, memory: memoryview) -> None:
+        """Read its gradient. Raises StoreFailed when it isn't what was logged, or of another
+        size."""
+        if memory.nbytes != self.frame.body_bytes:
+            raise StoreFailed(
+                f"a logged gradient has {self.frame.body_bytes} bytes, this run's {memory.nbytes}"
+            )
+        if not (self.is_whole and read_body(self.path, self.frame, memory.cast("B"))):
+            raise StoreFailed(
+                f"the logged gradient of request {self.head['seq']} of {self.head['run']} is "
+                f"damaged ({self.path}, byte {self.frame.offset})"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,7 @@ class UpdateLog:
         """
         self._folder, self._base, self._post, self._sync_every = folder, base, post, sync_every
         self._guard = threading.Lock()
-        self._places: dict[RunId, dict[int, Place]] = defaultdict(dict)
+        self._updates: dict[RunId, dict[int, Logged]] = defaultdict(dict)
         self._sizes: dict[Path, int] = {}
         self._failure: StoreFailed | None = None
         self._num_unsynced = 0
@@ -120,8 +130,8 @@ class UpdateLog:
         """For each run the requests whose gradient is here, as far as is known without reading."""
         with self._guard:
             return {
-                run_id: tuple(seq for seq, place in places.items() if place.is_whole)
-                for run_id, places in self._places.items()
+                run_id: tuple(seq for seq, logged in updates.items() if logged.is_whole)
+                for run_id, updates in self._updates.items()
             }
 
     @property
@@ -132,22 +142,14 @@ class UpdateLog:
     def find(self, run_id: RunId, seq: int, *, must_be: bool) -> Logged | None:
         """The update that this request made, if it was logged.
 
-        Raises StoreFailed for one that is damaged, and for one that `must_be` here and isn't, where
-        every update waits for the disk. Otherwise a power cut may have taken it.
+        Raises StoreFailed for one that `must_be` here and isn't, where every update waits for the
+        disk. Otherwise a power cut may have taken it.
         """
         with self._guard:
-            place = self._places.get(run_id, {}).get(seq)
-        if place is None and must_be and self._sync_every == 1:
+            logged = self._updates.get(run_id, {}).get(seq)
+        if logged is None and must_be and self._sync_every == 1:
             raise StoreFailed(f"the log lacks the update that request {seq} of {run_id} made")
-        if place is None or not (place.is_whole or must_be):
-            return None
-        gradient = read_body(place.path, place.frame) if place.is_whole else None
-        if gradient is None:
-            where = f"{place.path} at byte {place.frame.offset}"
-            raise StoreFailed(
-                f"the logged gradient of request {seq} of {run_id} is damaged: {where}"
-            )
-        return Logged(place.frame.head, gradient)
+        return logged if logged and (logged.is_whole or must_be) else None
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -190,7 +192,7 @@ class UpdateLog:
 
     def _commit(self, appends: list[Append]) -> None:
         """Write them one after the other and sync once."""
-        written: list[tuple[Append, Place]] = []
+        written: list[tuple[Append, Logged]] = []
         for item in appends:
             try:
                 written.append((item, self._write(item)))
@@ -204,13 +206,13 @@ class UpdateLog:
         self._num_unsynced += len(written)
         if self._num_unsynced >= self._sync_every:
             self._sync()
-        for item, place in written:
+        for item, logged in written:
             if self._failure is None:
                 with self._guard:
-                    self._places[item.run_id][item.seq] = place
+                    self._updates[item.run_id][item.seq] = logged
             self._call(item.then, self._failure)
 
-    def _write(self, item: Append) -> Place:
+    def _write(self, item: Append) -> Logged:
         if self._failure is not None:
             raise self._failure
         if self._sizes[self._path] >= SEGMENT_BYTES:
@@ -219,7 +221,7 @@ class UpdateLog:
         frame = _append_frame(self._file, self._sizes[self._path], item.head, item.body)
         with self._guard:
             self._sizes[self._path] = frame.end
-        return Place(self._path, frame, is_whole=True)
+        return Logged(self._path, frame, is_whole=True)
 
     def _sync(self) -> None:
         if not self._num_unsynced or self._failure is not None:
@@ -243,12 +245,12 @@ class UpdateLog:
 
     def _drop(self, item: Forget) -> None:
         with self._guard:
-            places = self._places.get(item.run_id, {})
-            for seq in [seq for seq in places if seq <= item.through_seq]:
-                del places[seq]
-            if not places:
-                self._places.pop(item.run_id, None)
-            used = {place.path for places in self._places.values() for place in places.values()}
+            updates = self._updates.get(item.run_id, {})
+            for seq in [seq for seq in updates if seq <= item.through_seq]:
+                del updates[seq]
+            if not updates:
+                self._updates.pop(item.run_id, None)
+            used = {logged.path for of_run in self._updates.values() for logged in of_run.values()}
             unused = [path for path in self._sizes if path not in used and path != self._path]
             for path in unused:
                 del self._sizes[path]
@@ -283,8 +285,8 @@ class UpdateLog:
                 level("journal_damage", path=str(path), offset=damage.offset, tail=damage.is_tail)
             for frame in frames.updates:
                 whole = frame.offset not in frames.bad_bodies
-                place = Place(path, frame, whole)
-                self._places[RunId(frame.head["run"])][int(frame.head["seq"])] = place
+                logged = Logged(path, frame, whole)
+                self._updates[RunId(frame.head["run"])][int(frame.head["seq"])] = logged
             self._sizes[path] = path.stat().st_size
         return max((int(path.name.split("-")[0]) for path in paths), default=0)
 
@@ -310,7 +312,7 @@ class Segment:
         damages = [part for part in parts if isinstance(part, Damage)]
         base = next((frame.head["base"] for frame in frames if "format" in frame.head), None)
         updates = [frame for frame in frames if "run" in frame.head]
-        bad = {f.offset for f in updates if with_bodies and read_body(path, f) is None}
+        bad = {f.offset for f in updates if with_bodies and not is_whole(path, f)}
         while updates and updates[-1].offset in bad:
             last = updates.pop()
             bad.discard(last.offset)

@@ -122,7 +122,7 @@ class EngineProtocol(Protocol):
     def drop_run(self, run_id: RunId) -> None: ...
     def snapshot_run(self, run_id: RunId) -> Snapshot: ...
     def export_run(self, run_id: RunId) -> tuple[Weights, int]: ...
-    def set_gradient(self, run_id: RunId, gradient: bytes) -> None: ...
+    def read_gradient(self, run_id: RunId, read_into: Callable[[memoryview], None]) -> None: ...
     def prepare_update(self, run_id: RunId, adam: AdamParams) -> Update: ...
     def publish_update(self, run_id: RunId, update: Any) -> None: ...
     def discard_update(self, run_id: RunId, update: Any) -> None: ...
@@ -157,8 +157,7 @@ class LoggedUpdate(Protocol):
 
     @property
     def head(self) -> Mapping[str, Any]: ...
-    @property
-    def gradient(self) -> bytes: ...
+    def read_into(self, memory: memoryview) -> None: ...
 
 
 class Updates(Protocol):
@@ -482,7 +481,7 @@ class Scheduler:
         run_id, seq = command.run_id, command.seq
         logged = self._updates.find(run_id, seq, must_be=command.is_acknowledged)
         if logged is not None:
-            self._engine.set_gradient(run_id, logged.gradient)
+            self._read_gradient(run_id, logged)
         update = self._engine.prepare_update(run_id, command.adam)
         head = {
             "optimizer": OPTIMIZER,
@@ -495,6 +494,13 @@ class Scheduler:
             self._updates.append(run_id, seq, head, update.gradient, end)
         else:
             self._end_update(entry, run_id, update, _unlike(logged.head, head))
+
+    def _read_gradient(self, run_id: RunId, logged: LoggedUpdate) -> None:
+        try:
+            self._engine.read_gradient(run_id, logged.read_into)
+        except StoreFailed:
+            self._engine.drop_run(run_id)  # what follows would be built on another state
+            raise
 
     def _end_update(
         self, entry: Entry, run_id: RunId, update: Update, error: Exception | None

@@ -12,7 +12,7 @@ import asyncio
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -504,6 +504,7 @@ class Training:
         To be called before anything else is sent to that worker. `logged` are the requests whose
         updates it has in its log.
         """
+        started_at = time.monotonic()
         for dormant in self._dormant.pop(base.digest, ()):
             run = self._live(dormant.run_id, dormant.tenant, base, dormant.start)
             run.pending, run.last_seq = dormant.pending, dormant.last_seq
@@ -514,6 +515,8 @@ class Training:
             await self._rebuild(run, frozenset(logged.get(run.run_id, ())))
         for run_id in logged.keys() - self._runs.keys():
             self._workers.by_digest(base.digest).forget(run_id, LAST_SEQ)
+        if runs:
+            self._spawn(_say_rebuilt(base, runs, started_at))
         return len(runs)
 
     async def _rebuild(self, run: LiveRun, logged: frozenset[int]) -> None:
@@ -603,6 +606,13 @@ class Training:
         ]
         if keys:
             await asyncio.to_thread(self._catalog.forget_outcomes, keys)
+
+
+async def _say_rebuilt(base: BaseInfo, runs: Sequence[LiveRun], started_at: float) -> None:
+    ends = [run.rebuilt for run in runs if run.rebuilt is not None]
+    await asyncio.gather(*ends, return_exceptions=True)
+    seconds = round(time.monotonic() - started_at, 3)
+    log.info("runs_rebuilt", base=base.name, runs=len(ends), seconds=seconds)
 
 
 async def _encoded(order: Order) -> bytes:
