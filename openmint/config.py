@@ -104,6 +104,9 @@ class ServiceConfig:
     """A changed run that nobody asks anything for this long is saved too."""
     journal_bytes: int = 2048 * MIB
     """Kept gradients of one base, beyond which the runs with most of them are saved earlier."""
+    drift_alarm: float = 0.25
+    """Nats between trainer and sampler, on one token of a revision's probe, above which the log and
+    `openmint_probes_total` say so. 0 to 0.05 is usual; with int8 weights up to 0.2."""
     worker_silence_seconds: float = 300.0
     """A worker that says nothing for this long is taken to hang: it is killed and started again.
     It speaks between steps, so keep this above the longest step."""

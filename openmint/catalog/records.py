@@ -126,6 +126,11 @@ class Revision:
     user_metadata: Mapping[str, str]
     created_at: datetime
     deleted_at: datetime | None
+    drift: float | None
+    """Largest distance of log-probabilities between trainer and sampler, in nats; None before its
+    probe."""
+    base_difference: float | None
+    """The same between the revision and its base."""
 
 
 @dataclass(frozen=True, slots=True)

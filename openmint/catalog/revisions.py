@@ -167,6 +167,17 @@ class RevisionRecords:
             owner = find_policy(connection, tenant, policy)
             return find_by_prefix(connection, owner, digest)
 
+    def note_probe(
+        self, tenant: Tenant, policy: str, digest: Digest, drift: float, base_difference: float
+    ) -> None:
+        """Keep what the revision's probe found. Raises NotFound for the policy."""
+        values = {"drift": drift, "base_difference": base_difference}
+        with self._database.write() as connection:
+            owner = find_policy(connection, tenant, policy)
+            mine = t.revision.c.policy_id == owner.policy_id
+            this = mine & (t.revision.c.digest == digest)
+            connection.execute(update(t.revision).where(this).values(**values))
+
     def revisions(
         self,
         tenant: Tenant,

@@ -177,6 +177,9 @@ revision = Table(
     Column("user_metadata", JSON, nullable=False),
     _required("created_at", Instant),
     Column("deleted_at", Instant),
+    # What its probe found, in nats; see service/probes.py.
+    Column("drift", Float),
+    Column("base_difference", Float),
     PrimaryKeyConstraint("policy_id", "digest"),
     UniqueConstraint("policy_id", "number"),
     Index(None, "digest"),

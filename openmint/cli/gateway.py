@@ -77,6 +77,7 @@ class Service:
         store = BlobStore(settings.data)
         store.sweep_incoming()
         self._gateway: Gateway = build_gateway(settings, catalog, store, self._workers)
+        self._gateway.probes.counter = self._metrics
         self._metrics.watch_futures(self._gateway.futures.num_pending)
         self._stopping = asyncio.Event()
         self._failure: OpenMintError | None = None

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from openmint import __version__, errors
-from openmint.cli import catalog_commands, chat, doctor, journal, keys, tokenizer, transfer
+from openmint.cli import backup, catalog_commands, chat, doctor, journal, keys, tokenizer, transfer
 from openmint.cli.output import err_console, exit_code_of
 from openmint.config import load_settings
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.add_typer(journal.app, name="journal")
 app.add_typer(tokenizer.app, name="tokenizer")
+backup.register(app)
 catalog_commands.register(app)
 chat.register(app)
 transfer.register(app)

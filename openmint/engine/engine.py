@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from openmint.config import WorkerConfig
@@ -26,6 +27,7 @@ from openmint.types import (
     Datum,
     Digest,
     FloatArray,
+    IntArray,
     LoraSpec,
     LossSpec,
     RunId,
@@ -158,6 +160,18 @@ class Engine:
 
     def abandon_train(self, work_id: int) -> None:
         self._open.pop(work_id, None)
+
+    def score(self, weights: AdapterWeights, tokens_T: IntArray) -> tuple[FloatArray, bool]:
+        """Log-probabilities of the tokens after the first, as a training run with these weights
+        would compute them; and whether every B is zero."""
+        run = self.runs.passing(weights)
+        ones_T = np.ones(len(tokens_T) - 1, np.float32)
+        datum = Datum(tokens_T[:-1], {"target_tokens": tokens_T[1:], "weights": ones_T})
+        work = OpenTrain(run, (datum,), LossSpec("cross_entropy"), forward_only=True)
+        self._trainer.run([(work, 0)])
+        (logprobs_T,) = work.logprobs
+        assert logprobs_T is not None
+        return logprobs_T, not any(b_RO.any() for _, b_RO in weights.views.values())
 
     # -- serving ----------------------------------------------------------------------------------
 

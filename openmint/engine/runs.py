@@ -179,6 +179,12 @@ class Runs:
         self._runs[run_id] = Run(layout, state, self._dtype, self._spare)
         return self._runs[run_id]
 
+    def passing(self, weights: AdapterWeights) -> Run:
+        """A session on these weights that is not kept, for a forward pass."""
+        zeros_P = torch.zeros(weights.layout.num_params, device=self._device)
+        state = AdamState(weights.flat_P.float(), zeros_P, zeros_P, 0)
+        return Run(weights.layout, state, self._dtype, self._spare)
+
     def drop(self, run_id: RunId) -> None:
         self._runs.pop(run_id, None)
 

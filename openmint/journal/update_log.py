@@ -117,7 +117,7 @@ class UpdateLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(folder)
-            self.epoch = self._read_all() + 1
+            self._epoch = self._read_all() + 1
             self._begin_segment(0)
         except OSError as error:
             raise StoreFailed(f"the journal in {folder} can't be used: {error}") from error
@@ -133,6 +133,11 @@ class UpdateLog:
                 run_id: tuple(seq for seq, logged in updates.items() if logged.is_whole)
                 for run_id, updates in self._updates.items()
             }
+
+    @property
+    def epoch(self) -> int:
+        """How many workers have had this log, this one included."""
+        return self._epoch
 
     @property
     def num_bytes(self) -> int:
@@ -163,7 +168,7 @@ class UpdateLog:
         if not self._sync_every:
             then(None)
             return
-        full = {"run": run_id, "seq": seq, "epoch": self.epoch, **head}
+        full = {"run": run_id, "seq": seq, "epoch": self._epoch, **head}
         self._queue.put(Append(run_id, seq, full, gradient.cast("B"), then))
 
     def forget(self, run_id: RunId, through_seq: int) -> None:
@@ -263,10 +268,10 @@ class UpdateLog:
         self._number = number
         if number:
             os.close(self._file)
-        self._path = self._folder / f"{self.epoch:08}-{number:06}{SUFFIX}"
+        self._path = self._folder / f"{self._epoch:08}-{number:06}{SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         self._file = os.open(self._path, flags, 0o600)
-        head = {"format": FORMAT, "base": self._base, "epoch": self.epoch}
+        head = {"format": FORMAT, "base": self._base, "epoch": self._epoch}
         frame = _append_frame(self._file, 0, head, memoryview(b""))
         os.fdatasync(self._file)
         sync_folder(self._folder)
@@ -358,6 +363,7 @@ def _locked(folder: Path) -> int:
 class NoLog:
     """The log of an engine whose work nobody may miss, in a benchmark or a test."""
 
+    epoch = 0
     num_bytes = 0
 
     def find(self, run_id: RunId, seq: int, *, must_be: bool) -> Logged | None:

@@ -103,6 +103,12 @@ class Metrics:
             ("base",),
             registry=registry,
         )
+        self.probes = Counter(
+            "openmint_probes",
+            "Probes of published revisions: ok, drift, equals_base, changes_base.",
+            ("base", "outcome"),
+            registry=registry,
+        )
         build = Gauge("openmint_build_info", "Always 1.", ("version",), registry=registry)
         build.labels(version).set(1)
 
@@ -121,6 +127,10 @@ class Metrics:
             self.command_seconds.labels(kind, "ok" if ok else "error").observe(seconds)
         elif ok:
             self.sample_seconds.labels(base).observe(seconds)
+
+    def observe_probe(self, base: str, outcome: str) -> None:
+        """Count one probe of a revision."""
+        self.probes.labels(base, outcome).inc()
 
     def observe_first_token(self, base: str, seconds: float) -> None:
         """Time to the first token of a streamed sample."""

@@ -51,6 +51,8 @@ from openmint.scheduler.work import (
     SampleWork,
     SavedBlob,
     SaveRun,
+    Scored,
+    ScoreWork,
     Submit,
     ToGateway,
     TrainResult,
@@ -63,6 +65,7 @@ from openmint.types import (
     Datum,
     Digest,
     FloatArray,
+    IntArray,
     LoraSpec,
     LossSpec,
     RunId,
@@ -140,6 +143,7 @@ class EngineProtocol(Protocol):
     def attach(self, revision: Digest, weights: Any) -> None: ...
     def detach(self, revision: Digest) -> None: ...
     def sample(self, batch: SampleBatch) -> list[ChunkOutcome]: ...
+    def score(self, weights: Any, tokens_T: IntArray) -> tuple[FloatArray, bool]: ...
 
 
 class Archive(Protocol):
@@ -173,6 +177,8 @@ class Updates(Protocol):
         then: Callable[[Exception | None], None],
     ) -> None: ...
     def forget(self, run_id: RunId, through_seq: int) -> None: ...
+    @property
+    def epoch(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
 
@@ -236,7 +242,9 @@ class Scheduler:
         command = message.command
         self._tenants.arrive(command.tenant, self._busy_tenants())
         try:
-            if isinstance(command, SampleWork):
+            if isinstance(command, ScoreWork):
+                self._score(message.work_id, command)
+            elif isinstance(command, SampleWork):
                 arrival = self._engine_time.arrival(message.received_at_seconds)
                 self._submit_sample(message.work_id, command, arrival)
             else:
@@ -421,6 +429,7 @@ class Scheduler:
             sequences=tuple(sequence.result() for sequence in sampling.sequences),
             revision=revision,
             base=self._engine.base.digest,
+            epoch=self._updates.epoch,
             prompt_logprobs_T=_prompt_logprobs(logprobs) if work.prompt_logprobs else None,
             topk_prompt_logprobs=_prompt_tops(tops, work.topk_prompt_logprobs),
             target_prompt_logprobs_NK=None if wanted is None else _rows(found, wanted.shape[1]),
@@ -623,6 +632,23 @@ class Scheduler:
             then(value, error)
 
         self._background(job, ended)
+
+    # -- probes -----------------------------------------------------------------------------------
+
+    def _score(self, work_id: int, work: ScoreWork) -> None:
+        """Read the revision in the background, then run the text between two steps."""
+
+        def loaded(weights: Any, error: Exception | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                scored = Scored(*self._engine.score(weights, work.tokens_T))
+            except Exception as failure:  # a task's edge
+                self._answer(work_id, _as_known(failure))
+            else:
+                self._answer(work_id, scored)
+
+        self._in_background(lambda: self._archive.load_revision(work.revision), loaded)
 
     # -- gauges -----------------------------------------------------------------------------------
 

@@ -203,6 +203,8 @@ class SampleResult:
     revision: Digest | None
     """Read in the engine from the slot that ran; None when the base answered."""
     base: Digest
+    epoch: int = 0
+    """Which worker of the base answered, counted since its data folder was made."""
     prompt_logprobs_T: FloatArray | None = None
     """Index 0 is NaN: nothing predicts the first token."""
     topk_prompt_logprobs: TopLogprobs | None = None
@@ -214,8 +216,25 @@ class SampleResult:
     spent: Spent = Spent()
 
 
-Command = RunCommand | SampleWork
-Result = RunState | TrainResult | OptimResult | SavedBlob | SampleResult | None
+@dataclass(frozen=True, slots=True)
+class ScoreWork:
+    """Read a revision's bytes from the store and run a text as the trainer does. -> Scored."""
+
+    tenant: Tenant
+    revision: Digest
+    tokens_T: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    logprobs_T: FloatArray
+    """Of the tokens after the first."""
+    is_zero: bool
+    """Every B of the adapter is zero, so that it changes nothing."""
+
+
+Command = RunCommand | SampleWork | ScoreWork
+Result = RunState | TrainResult | OptimResult | SavedBlob | SampleResult | Scored | None
 
 
 # -- the link between gateway and worker ----------------------------------------------------------

@@ -19,6 +19,7 @@ from openmint.catalog.records import Revision
 from openmint.errors import InvalidRequest
 from openmint.scheduler.work import SavedBlob
 from openmint.service.collector import Collector
+from openmint.service.probes import Probes, Published
 from openmint.service.workers import Workers
 from openmint.store.adapter_file import check_adapter, from_peft, to_peft
 from openmint.store.blobs import BlobStore
@@ -31,6 +32,7 @@ class Adapters:
     store: BlobStore
     workers: Workers
     collector: Collector
+    probes: Probes
 
     async def import_peft(
         self,
@@ -53,9 +55,11 @@ class Adapters:
         base = self.workers.by_name(base_name).base if base_name else self._only_base()
         with self.collector.saving():
             blob = await asyncio.to_thread(self._store_peft, config, weights, base)
-            return await asyncio.to_thread(
+            revision = await asyncio.to_thread(
                 self.catalog.import_revision, tenant, policy, base, blob, actor=actor
             )
+        self.probes.after_publish(Published(tenant, policy, base.digest, revision.digest))
+        return revision
 
     async def export_peft(self, revision: Revision) -> bytes:
         """A tar of the revision's PEFT folder; the same bytes every time.

@@ -24,6 +24,7 @@ from openmint.service.fingerprint import fingerprint
 from openmint.service.futures import ResultFuture
 from openmint.service.links import Links
 from openmint.service.orders import LoadOrder, SamplerOrder, SaveOrder
+from openmint.service.probes import Probes, Published
 from openmint.service.resolve import path_of, readable_checkpoint
 from openmint.service.sampling import Sampler, Sampling
 from openmint.service.sessions import Sessions
@@ -66,8 +67,10 @@ class Checkpoints:
         training: Training,
         sampling: Sampling,
         collector: Collector,
+        probes: Probes,
     ) -> None:
         self._catalog, self._store, self._workers = catalog, store, workers
+        self._probes = probes
         self._sessions, self._training, self._sampling = sessions, training, sampling
         self._collector = collector
         self.links = Links()
@@ -116,8 +119,14 @@ class Checkpoints:
                 overwrite=order.overwrite,
                 user_metadata=order.user_metadata,
             )
+        if order.segment == "sampler_weights":
+            self._probe(run, blob.digest)
         path = TinkerPath(run.run_id, order.segment, order.name)
         return {"path": str(path), "size_bytes": blob.size_bytes, "type": SAVES[order.segment]}
+
+    def _probe(self, run: LiveRun, revision: Digest) -> None:
+        published = Published(run.tenant, run.policy, run.base.digest, revision)
+        self._probes.after_publish(published)
 
     def open_sampler(
         self, run: LiveRun, seq: int | None, sampling_seq: int, *, inflight: bool
@@ -139,6 +148,7 @@ class Checkpoints:
             await asyncio.to_thread(
                 self._catalog.add_run_revision, run.tenant, run.run_id, blob, ephemeral=True
             )
+        self._probe(run, blob.digest)
         follows = run.run_id if order.inflight else None
         sampler = Sampler(
             sampler_id, run.tenant, run.session_id, run.base, blob.digest, None, follows

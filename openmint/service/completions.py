@@ -198,7 +198,8 @@ class Answer:
         num_prompt = sum(len(work.prompt_T) for work in self.works)
         num_cached = sum(result.num_cached_tokens for result in results)
         longest = max((result.spent for result in results), key=lambda spent: spent.seconds)
-        return Usage(num_prompt, num_generated, num_cached, longest)
+        epoch = max(result.epoch for result in results)
+        return Usage(num_prompt, num_generated, num_cached, longest, epoch)
 
 
 async def encode_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> IntArray:
@@ -288,7 +289,8 @@ def _work(
 
 def _ran(model: str, target: Target) -> Ran:
     base = target.base
-    return Ran(model, base.name, base.digest, target.revision, target.policy, target.alias)
+    epoch = target.client.epoch
+    return Ran(model, base.name, base.digest, target.revision, target.policy, target.alias, epoch)
 
 
 def _joined(shown: Choice | None, end: Choice) -> Choice:

@@ -19,6 +19,7 @@ from openmint.service.collector import Collector
 from openmint.service.completions import Completions
 from openmint.service.evaluations import Evaluations
 from openmint.service.futures import Futures
+from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
 from openmint.service.sampling import Sampling
 from openmint.service.sessions import Sessions
@@ -54,6 +55,7 @@ class Gateway:
     adapters: Adapters
     evaluations: Evaluations
     snapshots: Snapshots
+    probes: Probes
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -62,6 +64,7 @@ class Gateway:
         keepers = [
             asyncio.create_task(self._sweep_forever(), name="sweeper"),
             asyncio.create_task(self.snapshots.keep(), name="snapshots"),
+            asyncio.create_task(self.probes.keep(), name="probes"),
         ]
         try:
             yield
@@ -104,7 +107,10 @@ def build_gateway(
     training = Training(catalog, workers, futures, sessions, service.seq_gap_seconds)
     sampling = Sampling(catalog, workers, futures, sessions)
     collector = Collector(catalog, store)
-    checkpoints = Checkpoints(catalog, store, workers, sessions, training, sampling, collector)
+    probes = Probes(catalog, workers, service.drift_alarm)
+    checkpoints = Checkpoints(
+        catalog, store, workers, sessions, training, sampling, collector, probes
+    )
     targets = Targets(catalog, workers, sampling)
     completions = Completions(targets, TokenizerCache())
     training.restore()
@@ -122,7 +128,8 @@ def build_gateway(
         targets,
         completions,
         Promotion(catalog),
-        Adapters(catalog, store, workers, collector),
+        Adapters(catalog, store, workers, collector, probes),
         Evaluations(catalog, completions),
         Snapshots(catalog, workers, training, collector, service),
+        probes,
     )

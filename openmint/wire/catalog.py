@@ -115,6 +115,8 @@ def encode_revision(revision: Revision) -> Json:
         "user_metadata": dict(revision.user_metadata),
         "created_at": _time(revision.created_at),
         "deleted_at": _time(revision.deleted_at),
+        "drift": revision.drift,
+        "base_difference": revision.base_difference,
     }
 
 

@@ -136,6 +136,8 @@ class Ran:
     revision: str | None
     policy: str | None
     alias: str | None
+    epoch: int
+    """Which worker of the base; see SampleResult."""
 
     @property
     def fingerprint(self) -> str:
@@ -150,6 +152,8 @@ class Usage:
     cached_tokens: int
     spent: Spent = field(default_factory=Spent)
     """By the prompt that took longest."""
+    epoch: int = 0
+    """Of the worker that gave the last answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +454,7 @@ def _head(answer_id: str, kind: str, created: int, ran: Ran) -> Json:
             "base_digest": ran.base_digest,
             "policy": ran.policy,
             "alias": ran.alias,
+            "epoch": ran.epoch,
         },
     }
 

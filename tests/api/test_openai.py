@@ -21,7 +21,7 @@ class Answered:
     drawing = SimpleNamespace(stream=False, logprobs=False)
 
     def __init__(self, base: str) -> None:
-        self.ran = Ran(base, base, "sha256:" + "cd" * 32, None, None, None)
+        self.ran = Ran(base, base, "sha256:" + "cd" * 32, None, None, None, 1)
 
     async def whole(self) -> tuple[list[Choice], Usage]:
         return [Choice(0, "hello", finish_reason="stop")], Usage(1, 1, 0, Spent(0.5, 0.0125))

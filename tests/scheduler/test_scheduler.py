@@ -32,6 +32,7 @@ from openmint.scheduler.work import (
     RunState,
     SampleWork,
     SaveRun,
+    ScoreWork,
     TrainWork,
 )
 from openmint.store.blobs import digest_of
@@ -360,6 +361,41 @@ def test_a_dropped_run_leaves_the_log(model: Path, tmp_path: Path) -> None:
     bench.updates.append(RunId("other"), 1, {}, memoryview(b""), lambda error: None)
     bench.updates.close()
     assert RUN not in bench.updates.whole()
+
+
+# -- probes ---------------------------------------------------------------------------------------
+
+
+def slot_logprobs(bench: Workbench, revision: Digest | None, tokens_T: Any) -> Any:
+    work = SampleWork(T, revision, tokens_T, SamplingParams(1), prompt_logprobs=True)
+    return bench.do(work).prompt_logprobs_T[1:]
+
+
+def test_stored_bytes_score_as_their_slot_serves_and_another_slot_does_not(
+    bench: Workbench,
+) -> None:
+    tokens_T = prompt_of(12, 3)
+    revision, other = bench.revision("a", SPEC, 1), bench.revision("b", SPEC, 2)
+    scored = bench.do(ScoreWork(T, revision, tokens_T))
+    assert not scored.is_zero
+    np.testing.assert_allclose(
+        scored.logprobs_T, slot_logprobs(bench, revision, tokens_T), rtol=0, atol=1e-5
+    )
+    weights = bench.engine._slots[other]
+    bench.engine.detach(revision)
+    bench.engine.attach(revision, weights)
+    off_T = np.abs(scored.logprobs_T - slot_logprobs(bench, revision, prompt_of(12, 3)))
+    assert off_T.max() > 0.01
+    assert bench.engine.num_runs == 2, "the session of the score is not kept"
+
+
+def test_a_fresh_adapter_scores_as_zero(bench: Workbench) -> None:
+    bench.do(CreateRun(RUN, T, SPEC, 7))
+    fresh = bench.do(ExportRun(RUN, T, keep_resident=True)).digest
+    scored = bench.do(ScoreWork(T, fresh, prompt_of(12, 3)))
+    assert scored.is_zero
+    with pytest.raises(NotFound):
+        bench.do(ScoreWork(T, digest_of(b"none"), prompt_of(12, 3)))
 
 
 # -- restoring ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from openmint.wire.openai import (
 )
 
 DIGEST = "sha256:" + "ab" * 32
-RAN = Ran("acme/support@prod", "tiny", "sha256:" + "cd" * 32, DIGEST, "acme/support", "prod")
+RAN = Ran("acme/support@prod", "tiny", "sha256:" + "cd" * 32, DIGEST, "acme/support", "prod", 3)
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -195,6 +195,7 @@ def test_a_chat_answer_is_what_the_sdk_reads() -> None:
         "base_digest": RAN.base_digest,
         "policy": "acme/support",
         "alias": "prod",
+        "epoch": 3,
     }
     assert answer.system_fingerprint == "fp_cdcdcdcdcdcd_abababababab"
 

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import quote
 
 import structlog
@@ -86,6 +86,7 @@ async def _respond(request: Request, answer: Answer, form: Form) -> Response:
     headers = {
         "X-OpenMint-Base": quote(answer.ran.base, safe=HEADER_SAFE),
         "X-OpenMint-Revision": answer.ran.revision or "base",
+        "X-OpenMint-Epoch": str(answer.ran.epoch),
     }
     try:
         if answer.drawing.stream:
@@ -95,9 +96,10 @@ async def _respond(request: Request, answer: Answer, form: Form) -> Response:
         choices, usage = await while_connected(request, answer.whole())
     except ClientGone:
         return Response(status_code=CLIENT_GONE_STATUS)
-    logprobs = answer.drawing.logprobs
-    content = form.whole(answer_id, created, answer.ran, choices, usage, logprobs)
-    return JSONResponse(content, headers={**headers, **server_timing(usage.spent)})
+    logprobs, ran = answer.drawing.logprobs, replace(answer.ran, epoch=usage.epoch)
+    content = form.whole(answer_id, created, ran, choices, usage, logprobs)
+    headers = {**headers, "X-OpenMint-Epoch": str(usage.epoch), **server_timing(usage.spent)}
+    return JSONResponse(content, headers=headers)
 
 
 async def _events(answer: Answer, form: Form, answer_id: str, created: int) -> AsyncIterator[bytes]:
@@ -109,7 +111,8 @@ async def _events(answer: Answer, form: Form, answer_id: str, created: int) -> A
         async for piece in pieces:
             if isinstance(piece, wire.Usage):
                 if include_usage:
-                    yield _event(wire.usage_chunk(answer_id, created, answer.ran, piece, form.chat))
+                    ran = replace(answer.ran, epoch=piece.epoch)
+                    yield _event(wire.usage_chunk(answer_id, created, ran, piece, form.chat))
                 continue
             if form.chat and piece.index not in started:
                 started.add(piece.index)

@@ -46,7 +46,8 @@ def _ran(result: object) -> dict[str, str]:
     if not isinstance(result, SampleAnswer):
         return {}
     ran = result.result
-    headers = {"X-OpenMint-Base": str(ran.base), **server_timing(ran.spent)}
+    headers = {"X-OpenMint-Base": str(ran.base), "X-OpenMint-Epoch": str(ran.epoch)}
+    headers |= server_timing(ran.spent)
     if ran.revision:
         headers["X-OpenMint-Revision"] = str(ran.revision)
     return headers

@@ -1,4 +1,5 @@
-"""Requests of runs, the states from which runs are rebuilt, and samplers that follow a run.
+"""Requests of runs, the states from which runs are rebuilt, samplers that follow a run, and what
+probes of revisions found.
 
 Revision ID: 0002
 """
@@ -35,3 +36,5 @@ def upgrade() -> None:
     op.add_column("run", sa.Column("snapshot_seq", sa.Integer(), nullable=True))
     op.create_index("ix_run_snapshot_digest", "run", ["snapshot_digest"], unique=False)
     op.add_column("sampler", sa.Column("inflight_run", sa.Text(), nullable=True))
+    op.add_column("revision", sa.Column("drift", sa.Float(), nullable=True))
+    op.add_column("revision", sa.Column("base_difference", sa.Float(), nullable=True))

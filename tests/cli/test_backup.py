@@ -1,0 +1,62 @@
+"""A copy made of a busy service's folder has everything acknowledged in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tinker
+from tinker import types
+
+from tests.chaos.training import Job, digests_of
+from tests.servers import run_cli, start_server, stop_server, wait_until_ready
+
+pytestmark = pytest.mark.integration
+
+JOB = Job(1, "cross_entropy")
+
+
+def step(run: tinker.TrainingClient, number: int) -> None:
+    run.forward_backward(JOB.data(number), JOB.loss).result()
+    run.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+
+
+def test_a_copy_of_a_busy_folder_goes_on_from_there(
+    tiny_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The folder is lost after the copy, and the copy takes its place."""
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    bases = [str(tiny_base("llama"))]
+    # One request is lost with the folder; nobody need wait long for it.
+    environ = {"OPENMINT_SERVICE_SEQ_GAP_SECONDS": "0.5"}
+    server = start_server(tmp_path, data, bases=bases, environ=environ)
+    port = int(server.url.rpartition(":")[2])
+    try:
+        wait_until_ready(server)
+        with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
+            run = service.create_lora_training_client("tiny-llama", rank=2, seed=1).result()
+            for number in range(3):
+                step(run, number)
+            path = run.save_state("kept").result().path
+            run_cli("backup", str(copy), "--data", str(data))
+            step(run, 3)
+            run_cli("backup", str(copy), "--data", str(data))
+            expected = digests_of(data, [path, run.save_state("after").result().path])
+            server.process.kill()
+            server.process.wait()
+            shutil.rmtree(data)
+            shutil.copytree(copy, data)
+            server = start_server(tmp_path, data, bases=bases, environ=environ, port=port)
+            wait_until_ready(server)
+            # The client never learned that its save is in the lost folder alone.
+            again = run.save_state("again").result().path
+            assert digests_of(data, [path, again]) == expected
+    finally:
+        stop_server(server)
+
+
+def test_a_folder_without_a_catalogue_is_refused(tmp_path: Path) -> None:
+    done = run_cli("backup", str(tmp_path / "copy"), "--data", str(tmp_path), code=2)
+    assert "holds no openmint.db" in done.stderr
