@@ -6,14 +6,14 @@ must be resident before its sequences are admitted.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from openmint.engine.plan import Chunk, ChunkOutcome, SampleBatch
 from openmint.scheduler.fairness import TenantClock
 from openmint.scheduler.pages import PagePool, page_keys
 from openmint.scheduler.sequences import DecodeText, Sequence
-from openmint.types import Digest
+from openmint.types import Digest, Tenant
 
 IsResident = Callable[[Digest], bool]
 
@@ -48,6 +48,7 @@ class Batcher:
 
     def plan(self, is_resident: IsResident, fairness: TenantClock) -> SampleBatch | None:
         """The next step, or None when nothing can run. Call `finish` with its outcomes."""
+        self._make_room(is_resident, fairness)
         budget, chunks = self._step_tokens, list[Chunk]()
         started: set[bytes] = set()
         for sequence in list(self.running):
@@ -127,26 +128,74 @@ class Batcher:
         self.running.append(sequence)
         return True
 
+    def _make_room(self, is_resident: IsResident, fairness: TenantClock) -> None:
+        """Send the youngest of tenants that have more than their share back to wait, as far as
+        tenants that have less want places or pages."""
+        tenants = {sequence.tenant for sequence in (*self.running, *self.waiting)}
+        if not self.waiting or len(tenants) < 2:
+            return
+        place_share = max(1, self._max_running // len(tenants))
+        page_share = self.pool.num_pages // len(tenants)
+        running = Counter(sequence.tenant for sequence in self.running)
+        num_free_places, num_free_pages = self._max_running - len(self.running), self.pool.num_free
+        for sequence in fairness.in_order(self.waiting):
+            is_ready = sequence.revision is None or is_resident(sequence.revision)
+            # Each makes room at most once, else two tenants could take turns without an end.
+            is_new = is_ready and not sequence.was_admitted and not sequence.made_room
+            if not is_new or running[sequence.tenant] >= place_share:
+                continue
+            running[sequence.tenant] += 1
+            num_free_places -= 1
+            num_free_pages -= -(-len(sequence.tokens) // self.page_tokens) + 1
+            while num_free_places < 0 or num_free_pages < 0:
+                greedy = self._greedy(sequence.tenant, place_share, page_share, fairness)
+                if greedy is None:
+                    return
+                num_free_places += 1
+                num_free_pages += len(greedy.pages)
+                sequence.made_room = True
+                self._preempt(greedy)
+
+    def _greedy(
+        self, beside: Tenant, place_share: int, page_share: int, fairness: TenantClock
+    ) -> Sequence | None:
+        """The youngest running sequence of the tenant that most exceeds its share, if one does that
+        has also used more tokens: else it would be let in again first."""
+        places, pages = Counter[Tenant](), Counter[Tenant]()
+        for sequence in self.running:
+            places[sequence.tenant] += 1
+            pages[sequence.tenant] += len(sequence.pages)
+        excess = {
+            tenant: max(places[tenant] / place_share, pages[tenant] / max(1, page_share))
+            for tenant in places
+            if tenant != beside and fairness.used(tenant) > fairness.used(beside)
+        }
+        worst = max(excess, key=excess.__getitem__, default=None)
+        if worst is None or excess[worst] <= 1.0:
+            return None
+        return next(each for each in reversed(self.running) if each.tenant == worst)
+
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the newest token, preempting the youngest when pages run out."""
         while len(sequence.pages) * self.page_tokens < len(sequence.tokens):
             if self.pool.num_free:
                 sequence.pages.append(self.pool.take())
-            elif not self._preempt() or sequence not in self.running:
+            elif len(self.running) < 2:
                 return False
+            else:
+                self._preempt(self.running[-1])
+                if sequence not in self.running:
+                    return False
         return True
 
-    def _preempt(self) -> bool:
-        """Send the youngest running sequence back to wait; it will recompute from its tokens."""
-        if len(self.running) < 2:
-            return False
-        youngest = self.running.pop()
-        self.pool.release(youngest.pages)
-        youngest.pages, youngest.num_computed = [], 0
-        youngest.keys = page_keys(youngest.revision, youngest.tokens, self.page_tokens)
-        self.waiting.appendleft(youngest)
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to wait; it will recompute from its tokens."""
+        self.running.remove(sequence)
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.num_computed = [], 0
+        sequence.keys = page_keys(sequence.revision, sequence.tokens, self.page_tokens)
+        self.waiting.appendleft(sequence)
         self.num_preemptions += 1
-        return True
 
     def _offer_full_pages(self, sequence: Sequence) -> None:
         """Full prompt pages are offered for sharing."""

@@ -37,9 +37,12 @@ class TenantClock:
     def charge(self, tenant: Tenant, num_tokens: int) -> None:
         self._used[tenant] = self._used.get(tenant, 0.0) + num_tokens
 
+    def used(self, tenant: Tenant) -> float:
+        return self._used.get(tenant, 0.0)
+
     def in_order(self, items: Iterable[Item]) -> list[Item]:
         """Items of the tenant furthest behind first; first come, first served within a tenant."""
-        return sorted(items, key=lambda item: self._used.get(item.tenant, 0.0))
+        return sorted(items, key=lambda item: self.used(item.tenant))
 
 
 class PhaseClock:

@@ -35,6 +35,8 @@ class Sequence:
     num_cached: int = 0
     """Prompt tokens that were in the prefix cache when it was first admitted."""
     was_admitted: bool = False
+    made_room: bool = False
+    """Others were sent back to wait for it, which happens at most once."""
     num_scored: int = 0
     """Prompt rows already scored, so that a preempted prompt isn't scored twice."""
     logprobs: list[float] = field(default_factory=list)

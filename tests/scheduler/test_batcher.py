@@ -297,3 +297,40 @@ def test_random_use_ends_with_every_page_free_and_every_answer_right() -> None:
             prompt, most = sequence.tokens[: sequence.num_prompt], sequence.work.params.max_tokens
             assert sequence.tokens == completion(prompt, most)
             assert sequence.num_cached < sequence.num_prompt
+
+
+def test_a_tenant_with_little_gets_a_place_of_one_with_much() -> None:
+    """Every place is taken by long sequences of another; the newcomer waits for none of them."""
+    loop = Loop(num_pages=200, max_running=8)
+    for _ in range(20):
+        loop.add([1, 2, 3], max_tokens=60, tenant="flood")
+    for _ in range(5):
+        loop.step()
+    mine = loop.add([4, 5, 6], max_tokens=4, tenant="mine")
+    for _ in range(6):
+        loop.step()
+    assert mine in loop.done
+    assert loop.batcher.num_preemptions == 1
+
+
+def test_a_tenant_with_little_gets_pages_of_one_with_much() -> None:
+    loop = Loop(num_pages=12, max_running=8)
+    for _ in range(3):
+        loop.add([1, 2, 3], max_tokens=13, tenant="flood")
+    for _ in range(12):
+        loop.step()
+    assert loop.batcher.pool.num_free == 0
+    mine = loop.add([4, 5, 6], max_tokens=3, tenant="mine")
+    for _ in range(4):
+        loop.step()
+    assert mine in loop.done
+
+
+def test_tenants_at_their_shares_take_nothing_from_each_other() -> None:
+    loop = Loop(num_pages=200, max_running=8)
+    for tenant in ("a", "b") * 12:
+        loop.add([1, 2, 3], max_tokens=10, tenant=tenant)
+    while loop.step():
+        pass
+    assert loop.batcher.num_preemptions <= 4
+    assert len(loop.done) == 24
