@@ -104,6 +104,15 @@ class ServiceConfig:
     """A changed run that nobody asks anything for this long is saved too."""
     journal_bytes: int = 2048 * MIB
     """Kept gradients of one base, beyond which the runs with most of them are saved earlier."""
+    tenant_requests_per_minute: int = 0
+    """Requests a minute of a tenant that has no quota of its own, polls and heartbeats aside; 0 is
+    without limit, here and below."""
+    tenant_tokens_per_minute: int = 0
+    """The same for its tokens, trained, read and generated."""
+    tenant_resident_adapters: int = 0
+    """The same for its live training runs and the revisions that it samples from at one time."""
+    tenant_stored_bytes: int = 0
+    """The same for the bytes of its checkpoints and revisions."""
     drift_alarm: float = 0.25
     """Nats between trainer and sampler, on one token of a revision's probe, above which the log and
     `openmint_probes_total` say so. 0 to 0.05 is usual; with int8 weights up to 0.2."""

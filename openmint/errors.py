@@ -14,6 +14,7 @@ OpenMintError
 │   └── UnsupportedFormat   e.g. a pickle where safetensors is wanted
 └── ServiceError            our side; the caller may retry
     ├── Overloaded          no room now; `retry_after_seconds` says when to come back
+    │   └── LimitReached    the tenant's own limit, not the machine's
     ├── StoreFailed         bytes could not be read or written, or do not match their digest
     └── EngineFailed        the worker died or a step failed
         └── WorkerLost      it died; what a run asked of it is sent to its successor
@@ -94,6 +95,10 @@ class Overloaded(ServiceError):
 
     def __reduce__(self) -> tuple[type[OpenMintError], tuple[str, float]]:  # type: ignore[override]
         return type(self), (self.message, self.retry_after_seconds)
+
+
+class LimitReached(Overloaded):
+    code = "limit_reached"
 
 
 class StoreFailed(ServiceError):

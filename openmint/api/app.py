@@ -14,6 +14,7 @@ from openmint.api.routes import (
     health,
     metrics,
     openai,
+    tenants,
     tinker_checkpoints,
     tinker_futures,
     tinker_sampling,
@@ -32,6 +33,7 @@ ROUTERS = (
     health.router,
     metrics.router,
     catalog.router,
+    tenants.router,
 )
 """Those that are asked most come first: a request tries the routes one after another."""
 

@@ -10,6 +10,12 @@ from openmint.catalog.records import Principal
 from openmint.errors import Unauthenticated
 from openmint.service.gateway import Gateway
 
+UNCOUNTED = frozenset(
+    f"/api/v1/{name}"
+    for name in ("retrieve_future", "retrieve_futures", "session_heartbeat", "telemetry")
+)
+"""Paths that clients ask by themselves, and that a tenant over its limit needs to hear of it."""
+
 
 async def gateway_of(request: Request) -> Gateway:
     """A coroutine, as FastAPI would send each call of a plain function to a thread."""
@@ -32,8 +38,11 @@ def presented_key(request: Request) -> str:
 
 
 async def authenticate(request: Request, gateway: App) -> Principal:
-    """The principal of the request's key. Raises Unauthenticated, the same for every bad key."""
+    """The principal of the request's key. Raises Unauthenticated, the same for every bad key, and
+    LimitReached for a tenant that asks more often than it may."""
     principal = gateway.catalog.authenticate(presented_key(request))
+    if request.url.path not in UNCOUNTED:
+        gateway.limits.take_request(principal.tenant)
     request.scope["state"]["log_fields"] = {"tenant": principal.tenant, "key": principal.key_id}
     return principal
 

@@ -35,13 +35,19 @@ STATUS_OF: dict[type[errors.OpenMintError], int] = {
     errors.UnsupportedFormat: 415,
     HeadTooLarge: 431,
     errors.RequestError: 400,
+    errors.LimitReached: 429,
     errors.Overloaded: 503,
     errors.StoreFailed: 503,
     errors.EngineFailed: 503,
     errors.ServiceError: 503,
     errors.OpenMintError: 500,
 }
-OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def status_of(error: errors.OpenMintError, path: str) -> int:

@@ -18,6 +18,7 @@ from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.requests import RequestRecords
 from openmint.catalog.revisions import RevisionRecords
 from openmint.catalog.sessions import SessionRecords
+from openmint.catalog.tenants import TenantRecords
 
 
 class Catalog(
@@ -33,6 +34,7 @@ class Catalog(
     EvaluationRecords,
     AuditRecords,
     GarbageRecords,
+    TenantRecords,
 ):
     """All nouns of the catalogue in one handle; each base class is one of them."""
 

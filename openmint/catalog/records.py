@@ -286,3 +286,33 @@ class SavedState:
 
     digest: Digest
     seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What a tenant may use; None is without limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Trained, read and generated together."""
+    resident_adapters: int | None = None
+    """Live training runs, and revisions that are sampled from at one time."""
+    stored_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UsageHour:
+    """What a tenant used of one base in one UTC hour."""
+
+    tenant: Tenant
+    base_name: str
+    hour: datetime
+    trained_tokens: int = 0
+    prompt_tokens: int = 0
+    """Without the cached ones."""
+    cached_tokens: int = 0
+    sampled_tokens: int = 0
+    checkpoints: int = 0
+    """Saves of any kind."""
+    engine_seconds: float = 0.0
+    """Its share of the steps that it was part of, by tokens."""

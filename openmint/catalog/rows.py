@@ -23,6 +23,7 @@ from openmint.catalog.records import (
     Sampler,
     Session,
     TaskRecord,
+    UsageHour,
 )
 from openmint.types import Digest, LoraSpec
 
@@ -106,6 +107,7 @@ EVALUATIONS = select(t.evaluation, t.policy.c.name.label("policy_name")).join_fr
 )
 AUDIT_EVENTS = select(t.audit_event)
 REQUESTS = select(t.request)
+USAGE_HOURS = select(t.usage)
 
 SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (ApiKey, KEYS),
@@ -121,5 +123,6 @@ SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (Evaluation, EVALUATIONS),
     (AuditEvent, AUDIT_EVENTS),
     (RequestRecord, REQUESTS),
+    (UsageHour, USAGE_HOURS),
 )
 """Which select fills which record; a test holds them together."""

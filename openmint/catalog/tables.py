@@ -308,3 +308,30 @@ audit_event = Table(
     _required("created_at", Instant),
     Index(None, "tenant", "event_id"),
 )
+
+quota = Table(
+    "quota",
+    METADATA,
+    Column("tenant", Text, primary_key=True),
+    Column("requests_per_minute", Integer),
+    Column("tokens_per_minute", Integer),
+    Column("resident_adapters", Integer),
+    Column("stored_bytes", Integer),
+)
+
+usage = Table(
+    "usage",
+    METADATA,
+    _required("tenant", Text),
+    _required("base_name", Text),
+    _required("hour", Instant),
+    Column("trained_tokens", Integer, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("cached_tokens", Integer, nullable=False),
+    Column("sampled_tokens", Integer, nullable=False),
+    Column("checkpoints", Integer, nullable=False),
+    Column("engine_seconds", Float, nullable=False),
+    PrimaryKeyConstraint("tenant", "base_name", "hour"),
+    Index(None, "hour"),
+    sqlite_with_rowid=False,
+)

@@ -137,6 +137,7 @@ class Service:
         client = before.client if before else None
         process = self._processes[base] = await start_worker(base, self._settings, client)
         process.client.observer = self._metrics
+        process.client.meter = self._gateway.meter
         self._workers.add(process.client)
         info = process.base
         num_runs = await self._gateway.training.resume(info, process.ready.logged)

@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from openmint import __version__, errors
-from openmint.cli import backup, catalog_commands, chat, doctor, journal, keys, tokenizer, transfer
+from openmint.cli import (
+    backup,
+    catalog_commands,
+    chat,
+    doctor,
+    journal,
+    keys,
+    tenants,
+    tokenizer,
+    transfer,
+)
 from openmint.cli.output import err_console, exit_code_of
 from openmint.config import load_settings
 
@@ -26,6 +36,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 backup.register(app)
 catalog_commands.register(app)
 chat.register(app)
+tenants.register(app)
 transfer.register(app)
 doctor.register(app)
 

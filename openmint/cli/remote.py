@@ -27,6 +27,7 @@ ERROR_OF_STATUS: dict[int, type[errors.OpenMintError]] = {
     413: errors.TooLarge,
     415: errors.UnsupportedFormat,
     422: errors.InvalidRequest,
+    429: errors.LimitReached,
 }
 
 UrlOption = Annotated[
@@ -75,10 +76,11 @@ class Remote:
         return self.send("POST", path, json=_present(body), headers=headers)
 
     def send(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON answer. Raises the error of `openmint.errors` that the status stands for."""
+        """The JSON answer, or None. Raises the error of `openmint.errors` that the status stands
+        for."""
         response = self.client.request(method, path, **options)
         check(response)
-        return response.json()
+        return response.json() if response.content else None
 
 
 def check(response: httpx.Response) -> None:

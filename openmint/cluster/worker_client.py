@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,7 +32,7 @@ from openmint.scheduler.work import (
     ToWorker,
     WorkerStats,
 )
-from openmint.types import BaseInfo, RunId
+from openmint.types import BaseInfo, Digest, RunId, Tenant
 
 
 class Observer(Protocol):
@@ -40,6 +40,13 @@ class Observer(Protocol):
 
     def observe_command(self, base: str, kind: str, seconds: float, ok: bool) -> None: ...
     def observe_first_token(self, base: str, seconds: float) -> None: ...
+
+
+class Meter(Protocol):
+    """Hears what was used, for whom; `service/meter.py` adds it up."""
+
+    def sampled(self, base: str, work: SampleWork, result: SampleResult) -> None: ...
+    def spent(self, base: str, seconds: Mapping[Tenant, float]) -> None: ...
 
 
 RETURN_SECONDS = 120.0
@@ -108,6 +115,7 @@ class WorkerClient:
         self.heard_at_seconds = 0.0
         """When the worker last said something; it does so about once a second, between steps."""
         self.observer: Observer | None = None
+        self.meter: Meter | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._work_ids = itertools.count(1)
         self._waiting: dict[int, Waiting] = {}
@@ -139,6 +147,12 @@ class WorkerClient:
     @property
     def alive(self) -> bool:
         return self._writer is not None
+
+    def sampled_revisions(self, tenant: Tenant) -> set[Digest]:
+        """Those that samples of the tenant run on or wait for."""
+        commands = (waiting.command for waiting in self._waiting.values())
+        works = [each for each in commands if isinstance(each, SampleWork)]
+        return {each.revision for each in works if each.tenant == tenant and each.revision}
 
     async def call(self, command: Command) -> Result:
         """The command's result. Raises what the worker raised, or WorkerLost if it died.
@@ -199,6 +213,8 @@ class WorkerClient:
                 self._start(work_id, waiting)
             result = await future
             ok = True
+            if self.meter and isinstance(command, SampleWork) and isinstance(result, SampleResult):
+                self.meter.sampled(self.base.name, command, result)
             return result
         except asyncio.CancelledError:
             # Cancelling the awaiting task cancelled the future too, unless it was answered.
@@ -273,6 +289,8 @@ class WorkerClient:
                     self._deliver_delta(work_id, waiting, waiting.stream, delta)
             case WorkerStats():
                 self.stats = message
+                if self.meter:
+                    self.meter.spent(self.base.name, message.tenant_seconds)
             case Ready():
                 pass  # said once, before anything else, and heard by whoever started the worker
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -230,6 +231,7 @@ class Scheduler:
         self._next_sequence_id = 0
         self._tenants, self._phases = TenantClock(), PhaseClock()
         self._engine_time = EngineTime()
+        self._tenant_seconds: defaultdict[Tenant, float] = defaultdict(float)
         self._num_background = 0
         self._counters = dict.fromkeys(
             ("prompt", "cached", "generated", "trained", "optim", "loads", "evictions"), 0
@@ -331,12 +333,15 @@ class Scheduler:
         finally:
             seconds = self._engine_time.add_step(started, time.monotonic())
             self._phases.charge_training(seconds, bool(self._sampling))
+        tokens = Counter[Tenant]()
         for item in items:
             entry = by_id[item.work_id]
             num_tokens = entry.tokens_of(item.datum_index)
             entry.num_unfinished -= 1
             self._tenants.charge(entry.tenant, num_tokens)
             self._counters["trained"] += num_tokens
+            tokens[entry.tenant] += num_tokens
+        self._share_seconds(seconds, tokens)
         for entry in entries:
             if not entry.num_unfinished:
                 self._close(entry)
@@ -382,9 +387,12 @@ class Scheduler:
         for chunk in plan.chunks:
             self._slots_used(chunk.revision)
         results = self._batcher.finish(outcomes)
+        tokens = Counter[Tenant]()
         for chunk, (sequence, outcome) in zip(plan.chunks, results, strict=True):
             self._tenants.charge(sequence.tenant, len(chunk.tokens_N))
+            tokens[sequence.tenant] += len(chunk.tokens_N)
             self._advance(sequence, outcome)
+        self._share_seconds(seconds, tokens)
 
     def _slots_used(self, revision: Digest | None) -> None:
         if revision is not None:
@@ -676,7 +684,16 @@ class Scheduler:
             train_seconds=self._phases.train_seconds,
             serve_seconds=self._phases.serve_seconds,
             resident_revisions=self._slots.resident,
+            tenant_seconds=self._take_tenant_seconds(),
         )
+
+    def _take_tenant_seconds(self) -> dict[Tenant, float]:
+        taken, self._tenant_seconds = self._tenant_seconds, defaultdict(float)
+        return dict(taken)
+
+    def _share_seconds(self, seconds: float, tokens: Counter[Tenant]) -> None:
+        for tenant, num_tokens in tokens.items():
+            self._tenant_seconds[tenant] += seconds * num_tokens / tokens.total()
 
 
 def _as_known(error: Exception) -> OpenMintError:

@@ -323,6 +323,8 @@ class WorkerStats:
     train_seconds: float = 0.0
     serve_seconds: float = 0.0
     resident_revisions: tuple[Digest, ...] = field(default=())
+    tenant_seconds: Mapping[Tenant, float] = field(default_factory=dict)
+    """Engine time since the message before, shared by tokens among those in each step."""
 
 
 ToGateway = Ready | Done | Failed | Delta | WorkerStats

@@ -19,6 +19,7 @@ from openmint.catalog.records import Revision
 from openmint.errors import InvalidRequest
 from openmint.scheduler.work import SavedBlob
 from openmint.service.collector import Collector
+from openmint.service.limits import Limits
 from openmint.service.probes import Probes, Published
 from openmint.service.workers import Workers
 from openmint.store.adapter_file import check_adapter, from_peft, to_peft
@@ -33,6 +34,7 @@ class Adapters:
     workers: Workers
     collector: Collector
     probes: Probes
+    limits: Limits
 
     async def import_peft(
         self,
@@ -53,6 +55,7 @@ class Adapters:
         if not NAME.fullmatch(policy):
             raise InvalidRequest(f"policy {policy[:200]!r} must match {NAME.pattern}")
         base = self.workers.by_name(base_name).base if base_name else self._only_base()
+        self.limits.check_stored(tenant)
         with self.collector.saving():
             blob = await asyncio.to_thread(self._store_peft, config, weights, base)
             revision = await asyncio.to_thread(

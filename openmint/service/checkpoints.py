@@ -22,7 +22,9 @@ from openmint.service import checks
 from openmint.service.collector import Collector
 from openmint.service.fingerprint import fingerprint
 from openmint.service.futures import ResultFuture
+from openmint.service.limits import Limits
 from openmint.service.links import Links
+from openmint.service.meter import Meter
 from openmint.service.orders import LoadOrder, SamplerOrder, SaveOrder
 from openmint.service.probes import Probes, Published
 from openmint.service.resolve import path_of, readable_checkpoint
@@ -68,9 +70,11 @@ class Checkpoints:
         sampling: Sampling,
         collector: Collector,
         probes: Probes,
+        limits: Limits,
+        meter: Meter,
     ) -> None:
         self._catalog, self._store, self._workers = catalog, store, workers
-        self._probes = probes
+        self._probes, self._limits, self._meter = probes, limits, meter
         self._sessions, self._training, self._sampling = sessions, training, sampling
         self._collector = collector
         self.links = Links()
@@ -89,8 +93,10 @@ class Checkpoints:
         """
         path = TinkerPath(run.run_id, order.segment, checks.check_name(order.name, "path"))
         content = fingerprint(order)
-        if not self._training.is_known(run, seq) and not order.overwrite:
-            self._refuse_taken(run, path)
+        if not self._training.is_known(run, seq):
+            self._limits.check_stored(run.tenant)
+            if not order.overwrite:
+                self._refuse_taken(run, path)
         return self._training.submit(run, seq, SAVES[order.segment], content, order)
 
     def _refuse_taken(self, run: LiveRun, path: TinkerPath) -> None:
@@ -121,6 +127,7 @@ class Checkpoints:
             )
         if order.segment == "sampler_weights":
             self._probe(run, blob.digest)
+        self._meter.saved(run.tenant, run.base.name)
         path = TinkerPath(run.run_id, order.segment, order.name)
         return {"path": str(path), "size_bytes": blob.size_bytes, "type": SAVES[order.segment]}
 

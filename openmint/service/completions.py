@@ -19,6 +19,7 @@ import numpy as np
 from openmint.errors import EngineFailed
 from openmint.scheduler.work import SampleDelta, SampleResult, SampleWork
 from openmint.service.choices import ChoiceText
+from openmint.service.limits import Limits
 from openmint.service.targets import Target, Targets
 from openmint.service.tokenizers import INLINE_CHARS, ChatMessage, Tokenizer, TokenizerCache
 from openmint.types import BaseInfo, IntArray, SamplingParams, Tenant
@@ -44,10 +45,12 @@ class Completions:
 
     targets: Targets
     tokenizers: TokenizerCache
+    limits: Limits
 
     async def open_chat(self, tenant: Tenant, request: ChatRequest) -> Answer:
         """An admitted chat. Raises NotFound for the model, InvalidField for what cannot run."""
         target = self.targets.resolve(tenant, request.model)
+        self.limits.check_sample(tenant, target.revision)
         return await self.admit_chat(
             tenant, target, request.model, request.messages, request.drawing
         )
@@ -55,6 +58,7 @@ class Completions:
     async def open_completion(self, tenant: Tenant, request: CompletionRequest) -> Answer:
         """Admitted prompts. Raises NotFound for the model, InvalidField for what cannot run."""
         target = self.targets.resolve(tenant, request.model)
+        self.limits.check_sample(tenant, target.revision)
         return await self.admit_prompts(
             tenant, target, request.model, request.prompts, request.drawing
         )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import structlog
 
 from openmint.catalog.catalog import Catalog
-from openmint.config import Settings
+from openmint.catalog.records import Quota
+from openmint.config import ServiceConfig, Settings
 from openmint.errors import OpenMintError
 from openmint.service.adapters import Adapters
 from openmint.service.checkpoints import Checkpoints
@@ -19,6 +20,8 @@ from openmint.service.collector import Collector
 from openmint.service.completions import Completions
 from openmint.service.evaluations import Evaluations
 from openmint.service.futures import Futures
+from openmint.service.limits import Limits
+from openmint.service.meter import Meter
 from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
 from openmint.service.sampling import Sampling
@@ -56,6 +59,8 @@ class Gateway:
     evaluations: Evaluations
     snapshots: Snapshots
     probes: Probes
+    limits: Limits
+    meter: Meter
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -73,12 +78,14 @@ class Gateway:
             for keeper in keepers:
                 keeper.cancel()
             await asyncio.gather(*keepers, return_exceptions=True)
+            await self.meter.flush()
 
     async def sweep(self) -> None:
         """Forget old results, bring records up to date, close and delete what is over."""
         now = time.monotonic()
         await self.training.forget(self.futures.sweep(now))
         await self.training.keep_records()
+        await self.meter.flush()
         await self.sessions.keep_time(now)
         await self.checkpoints.expire()
         await self.collector.collect()
@@ -94,6 +101,16 @@ class Gateway:
                 log.error("sweep_failed", exc_info=error)
 
 
+def default_quota(config: ServiceConfig) -> Quota:
+    """Of a tenant that has none of its own."""
+    return Quota(
+        config.tenant_requests_per_minute or None,
+        config.tenant_tokens_per_minute or None,
+        config.tenant_resident_adapters or None,
+        config.tenant_stored_bytes or None,
+    )
+
+
 def build_gateway(
     settings: Settings, catalog: Catalog, store: BlobStore, workers: Workers
 ) -> Gateway:
@@ -104,15 +121,18 @@ def build_gateway(
     service = settings.service
     futures = Futures(service.future_ttl_seconds)
     sessions = Sessions(catalog, service.session_timeout_seconds)
-    training = Training(catalog, workers, futures, sessions, service.seq_gap_seconds)
-    sampling = Sampling(catalog, workers, futures, sessions)
+    limits = Limits(catalog, default_quota(service))
+    meter = Meter(catalog, limits)
+    training = Training(catalog, workers, futures, sessions, limits, meter, service.seq_gap_seconds)
+    limits.count_resident_by(lambda t: (training.num_runs(t), workers.sampled_revisions(t)))
+    sampling = Sampling(catalog, workers, futures, sessions, limits)
     collector = Collector(catalog, store)
     probes = Probes(catalog, workers, service.drift_alarm)
     checkpoints = Checkpoints(
-        catalog, store, workers, sessions, training, sampling, collector, probes
+        catalog, store, workers, sessions, training, sampling, collector, probes, limits, meter
     )
     targets = Targets(catalog, workers, sampling)
-    completions = Completions(targets, TokenizerCache())
+    completions = Completions(targets, TokenizerCache(), limits)
     training.restore()
     return Gateway(
         settings,
@@ -128,8 +148,10 @@ def build_gateway(
         targets,
         completions,
         Promotion(catalog),
-        Adapters(catalog, store, workers, collector, probes),
+        Adapters(catalog, store, workers, collector, probes, limits),
         Evaluations(catalog, completions),
         Snapshots(catalog, workers, training, collector, service),
         probes,
+        limits,
+        meter,
     )

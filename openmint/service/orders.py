@@ -84,8 +84,8 @@ class Failure:
 
     def error(self) -> OpenMintError:
         kind = ERRORS[self.code]
-        if kind is Overloaded:
-            return Overloaded(self.message, self.retry_after_seconds)
+        if issubclass(kind, Overloaded):
+            return kind(self.message, self.retry_after_seconds)
         return kind(self.message)
 
 

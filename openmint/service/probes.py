@@ -19,6 +19,7 @@ from openmint.catalog.catalog import Catalog
 from openmint.cluster.worker_client import WorkerClient
 from openmint.errors import NotFound, OpenMintError
 from openmint.scheduler.work import SampleResult, SampleWork, Scored, ScoreWork
+from openmint.service.meter import OURS
 from openmint.service.workers import Workers
 from openmint.types import BaseInfo, Digest, FloatArray, IntArray, SamplingParams, Tenant
 
@@ -100,7 +101,7 @@ class Probes:
         if self._catalog.revision(tenant, policy, digest).drift is not None:
             return None
         client = self._workers.by_digest(published.base)
-        found = await _compare(client, tenant, digest)
+        found = await _compare(client, digest)
         await asyncio.to_thread(
             self._catalog.note_probe, tenant, policy, digest, found.drift, found.difference
         )
@@ -113,12 +114,12 @@ class Probes:
         return found
 
 
-async def _compare(client: WorkerClient, tenant: Tenant, digest: Digest) -> Probe:
+async def _compare(client: WorkerClient, digest: Digest) -> Probe:
     tokens_T = probe_tokens(client.base)
     slot_T, base_T, scored = await asyncio.gather(
-        _sampled(client, tenant, digest, tokens_T),
-        _sampled(client, tenant, None, tokens_T),
-        client.call(ScoreWork(tenant, digest, tokens_T)),
+        _sampled(client, digest, tokens_T),
+        _sampled(client, None, tokens_T),
+        client.call(ScoreWork(OURS, digest, tokens_T)),
     )
     assert isinstance(scored, Scored)
     return Probe(
@@ -128,12 +129,10 @@ async def _compare(client: WorkerClient, tenant: Tenant, digest: Digest) -> Prob
     )
 
 
-async def _sampled(
-    client: WorkerClient, tenant: Tenant, revision: Digest | None, tokens_T: IntArray
-) -> FloatArray:
+async def _sampled(client: WorkerClient, revision: Digest | None, tokens_T: IntArray) -> FloatArray:
     """Log-probabilities of the tokens after the first, from the path that serves."""
     params = SamplingParams(max_tokens=1, temperature=0.0)
-    result = await client.call(SampleWork(tenant, revision, tokens_T, params, prompt_logprobs=True))
+    result = await client.call(SampleWork(OURS, revision, tokens_T, params, prompt_logprobs=True))
     assert isinstance(result, SampleResult)
     assert result.prompt_logprobs_T is not None
     return result.prompt_logprobs_T[1:]

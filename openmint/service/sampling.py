@@ -19,6 +19,7 @@ from openmint.service import checks
 from openmint.service.feeds import Feed
 from openmint.service.fingerprint import fingerprint
 from openmint.service.futures import Futures, ResultFuture
+from openmint.service.limits import Limits
 from openmint.service.resolve import readable_checkpoint
 from openmint.service.sessions import Sessions
 from openmint.service.workers import Workers
@@ -85,9 +86,15 @@ class Sampling:
     """The samplers of this gateway."""
 
     def __init__(
-        self, catalog: Catalog, workers: Workers, futures: Futures, sessions: Sessions
+        self,
+        catalog: Catalog,
+        workers: Workers,
+        futures: Futures,
+        sessions: Sessions,
+        limits: Limits,
     ) -> None:
         self._catalog, self._workers, self._futures = catalog, workers, futures
+        self._limits = limits
         self._sessions = sessions
         self._samplers: dict[str, Sampler] = {}
         sessions.on_close(self.close_session)
@@ -193,6 +200,7 @@ class Sampling:
         content = fingerprint(request, target_layout)
         if known := self._futures.existing(key, content):
             return known
+        self._limits.check_sample(sampler.tenant, sampler.revision)
         future = self._futures.open(sampler.tenant, "sample", key, content)
         work = sample_work(sampler, request)
         feed = sampler.feed_of((seq or 0) // CLONE_STRIDE)

@@ -48,6 +48,8 @@ from openmint.service import checks
 from openmint.service.fingerprint import fingerprint
 from openmint.service.futures import Futures, Key, ResultFuture, outcome_of
 from openmint.service.lanes import Lane
+from openmint.service.limits import Limits
+from openmint.service.meter import Meter
 from openmint.service.orders import (
     CODEC,
     START_SEQ,
@@ -172,10 +174,13 @@ class Training:
         workers: Workers,
         futures: Futures,
         sessions: Sessions,
+        limits: Limits,
+        meter: Meter,
         gap_seconds: float,
     ) -> None:
         self._catalog, self._workers, self._futures = catalog, workers, futures
         self._sessions, self._gap_seconds = sessions, gap_seconds
+        self._limits, self._meter = limits, meter
         self._log = RequestLog(catalog)
         self._runs: dict[RunId, LiveRun] = {}
         self._dormant: dict[Digest, list[Dormant]] = defaultdict(list)
@@ -214,6 +219,7 @@ class Training:
         if new.run_id in self._runs:
             raise InvalidRequest(f"run {new.run_id} exists; use the next model_seq_id")
         self._check_policy_base(new)
+        self._limits.check_run(new.tenant)
         order = StartOrder(
             kind,
             new.session_id,
@@ -425,13 +431,18 @@ class Training:
         is computed again, which gives the same bits when the worker is deterministic.
         """
         checks.check_data(data, loss, run.base)
+        if not self.is_known(run, seq):
+            self._limits.check_tokens(run.tenant)
         filled = tuple(_filled(datum, loss) for datum in data)
         work = TrainWork(run.run_id, run.tenant, filled, loss, forward_only)
         kind = "forward" if forward_only else "forward_backward"
         return self.submit(run, seq, kind, fingerprint(work), work)
 
     async def _pass(self, run: LiveRun, _seq: int, work: TrainWork) -> object:
-        return await self.call(run, work)
+        result = await self.call(run, work)
+        num_tokens = sum(len(datum.tokens_N) for datum in work.data)
+        self._meter.trained(run.tenant, run.base.name, num_tokens)
+        return result
 
     def optim_step(self, run: LiveRun, seq: int | None, adam: AdamParams) -> ResultFuture:
         """One AdamW update from the accumulated gradient. Its result: it is durable."""
@@ -466,6 +477,9 @@ class Training:
                     run.run_id,
                     num_optim_steps=run.num_optim_steps or None,
                 )
+
+    def num_runs(self, tenant: Tenant) -> int:
+        return sum(run.tenant == tenant for run in self._runs.values())
 
     def live_runs(self) -> list[LiveRun]:
         return list(self._runs.values())

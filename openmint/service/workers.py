@@ -6,7 +6,7 @@ from pathlib import Path
 
 from openmint.cluster.worker_client import WorkerClient
 from openmint.errors import NotFound, Overloaded
-from openmint.types import Digest
+from openmint.types import Digest, Tenant
 
 
 class Workers:
@@ -22,6 +22,10 @@ class Workers:
 
     def all(self) -> tuple[WorkerClient, ...]:
         return tuple(self._by_name.values())
+
+    def sampled_revisions(self, tenant: Tenant) -> set[Digest]:
+        """Those that samples of the tenant run on or wait for, on any base."""
+        return set().union(*(client.sampled_revisions(tenant) for client in self.all()))
 
     def by_name(self, name: str) -> WorkerClient:
         """The worker of a base given by its name, its directory or its directory's last part.

@@ -17,9 +17,11 @@ from openmint.catalog.records import (
     AuditEvent,
     Evaluation,
     Policy,
+    Quota,
     Revision,
     Role,
     TaskRecord,
+    UsageHour,
 )
 from openmint.errors import InvalidRequest
 from openmint.scheduler.work import WorkerStats
@@ -118,6 +120,34 @@ def encode_revision(revision: Revision) -> Json:
         "drift": revision.drift,
         "base_difference": revision.base_difference,
     }
+
+
+Most = Annotated[int, Field(ge=1, lt=1 << 62)]
+
+
+class SetQuota(Body):
+    """What a tenant may use; null is without limit."""
+
+    requests_per_minute: Most | None = None
+    tokens_per_minute: Most | None = None
+    resident_adapters: Most | None = None
+    stored_bytes: Most | None = None
+
+    def quota(self) -> Quota:
+        return Quota(
+            self.requests_per_minute,
+            self.tokens_per_minute,
+            self.resident_adapters,
+            self.stored_bytes,
+        )
+
+
+def encode_quota(quota: Quota) -> Json:
+    return asdict(quota)
+
+
+def encode_usage(hour: UsageHour) -> Json:
+    return {**asdict(hour), "hour": _time(hour.hour)}
 
 
 def encode_spec(spec: LoraSpec) -> Json:

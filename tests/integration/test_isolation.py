@@ -235,7 +235,11 @@ ROWS: dict[str, Row] = {
     "PUT /api/v1/sessions/{session_id}/project": Row(TRAIN, lambda w: {"project_id": "p"}),
     "GET /api/v1/sessions/{session_id}/trace_export": Row(ANY),
     "GET /api/v1/audit": Row((), foreign=None),
-    "GET /api/v1/billing/usage/events": Row(ANY, foreign=None),
+    "GET /api/v1/billing/usage/events": Row(
+        ANY,
+        params=lambda w: {"starting_on": "2026-01-01T00:00:00Z", "ending_before": "2026-01-02"},
+        foreign=None,
+    ),
     "GET /api/v1/billing/usage/checkpoints/current": Row(ANY, foreign=None),
     # -- training
     "POST /api/v1/create_model": Row(
@@ -327,6 +331,10 @@ ROWS: dict[str, Row] = {
     "POST /catalog/v1/evaluations": Row(TRAIN, lambda w: EVALUATION),
     "GET /catalog/v1/evaluations": Row(ANY, foreign=None),
     "GET /catalog/v1/evaluations/{evaluation_id}": Row(ANY),
+    "GET /catalog/v1/tenants/{tenant}/quota": Row(ANY),
+    "PUT /catalog/v1/tenants/{tenant}/quota": Row((), lambda w: {}, foreign=None),
+    "DELETE /catalog/v1/tenants/{tenant}/quota": Row((), foreign=None),
+    "GET /catalog/v1/usage": Row(ANY, params=lambda w: {"tenant": OWNER}),
     "GET /catalog/v1/audit": Row(TRAIN, params=lambda w: {"tenant": OWNER}),
     "GET /catalog/v1/stats": Row(ANY, foreign=None),
     # -- the operator's

@@ -84,6 +84,7 @@ def test_session_trace(cli, saved, tmp_path):
 
 def test_billing(cli, saved):
     cli("billing", "checkpoint-storage")
+    cli("billing", "usage", "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z")
 
 
 def test_a_key_can_revoke_itself(server):

@@ -43,6 +43,7 @@ class ScriptedWorker:
     delay_seconds: float = 0.0
     works: list[SampleWork] = field(default_factory=list)
     num_cancelled: int = 0
+    epoch: int = 3
 
     async def call(self, work: SampleWork) -> SampleResult:
         self.works.append(work)
@@ -119,10 +120,17 @@ def worker(folder: Path) -> ScriptedWorker:
     return ScriptedWorker(base, lambda text: list(loaded.encode(text).ids))
 
 
+class NoLimits:
+    """Nobody has a quota."""
+
+    def check_sample(self, tenant: Tenant, revision: Digest | None) -> None:
+        pass
+
+
 @pytest.fixture
 def completions(worker: ScriptedWorker) -> Completions:
     target = Target(worker, worker.base, REVISION, "acme/support", "prod")  # type: ignore[arg-type]
-    return Completions(OneTarget(target), TokenizerCache())  # type: ignore[arg-type]
+    return Completions(OneTarget(target), TokenizerCache(), NoLimits())  # type: ignore[arg-type]
 
 
 def chat(completions: Completions, **fields: Any) -> Any:

@@ -54,7 +54,7 @@ async def list_policies(
 ) -> wire.Json:
     """A tenant's policies by name; `search` matches any part of a name."""
     caller.require(*READERS)
-    owner = _owned(caller, tenant or caller.tenant)
+    owner = owned(caller, tenant or caller.tenant)
     page = await asyncio.to_thread(
         gateway.catalog.policies, owner, limit=limit, cursor=cursor, search=search
     )
@@ -66,7 +66,7 @@ async def list_policies(
 async def get_policy(tenant: str, name: str, caller: Caller, gateway: App) -> wire.Json:
     """A policy with its aliases."""
     caller.require(*READERS)
-    owner = _owned(caller, tenant)
+    owner = owned(caller, tenant)
     policy = gateway.catalog.policy(owner, name)
     aliases = gateway.catalog.aliases(owner, name)
     return {**wire.encode_policy(policy), "aliases": [wire.encode_alias(a) for a in aliases]}
@@ -85,7 +85,7 @@ async def list_revisions(
     """A policy's revisions, newest first; with `ephemeral` also the unnamed saves of training."""
     caller.require(*READERS)
     found = gateway.catalog.revisions(
-        _owned(caller, tenant),
+        owned(caller, tenant),
         name,
         limit=limit,
         before=_number(cursor),
@@ -125,7 +125,7 @@ async def delete_revision(
 ) -> Response:
     """Delete a revision, by its whole digest, that no alias names."""
     caller.require("train")
-    owner, digest = _owned(caller, tenant), full_digest(reference)
+    owner, digest = owned(caller, tenant), full_digest(reference)
     await gateway.promotion.delete_revision(owner, name, digest, actor=caller.key_id)
     return Response(status_code=204)
 
@@ -152,7 +152,7 @@ async def import_revision(
 ) -> wire.Json:
     """Import a PEFT adapter: a multipart form, or JSON with the weights in base64."""
     caller.require("train")
-    owner = _owned(caller, tenant)
+    owner = owned(caller, tenant)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
         base, config, weights = await _read_form(request)
@@ -175,7 +175,7 @@ async def import_revision(
 async def list_aliases(tenant: str, name: str, caller: Caller, gateway: App) -> wire.Json:
     """The policy's aliases and what they name now."""
     caller.require(*READERS)
-    aliases = gateway.catalog.aliases(_owned(caller, tenant), name)
+    aliases = gateway.catalog.aliases(owned(caller, tenant), name)
     return {"items": [wire.encode_alias(alias) for alias in aliases]}
 
 
@@ -192,7 +192,7 @@ async def alias_history(
     """Every move of an alias, newest first."""
     caller.require(*READERS)
     events = gateway.catalog.alias_history(
-        _owned(caller, tenant), name, alias, limit=limit, before_id=_number(cursor)
+        owned(caller, tenant), name, alias, limit=limit, before_id=_number(cursor)
     )
     return _page([wire.encode_alias_event(event) for event in events], limit, "event_id")
 
@@ -211,7 +211,7 @@ async def promote(
     caller.require("train")
     body = await read(request, wire.Promote)
     moved = await gateway.promotion.promote(
-        _owned(caller, tenant),
+        owned(caller, tenant),
         name,
         alias,
         body.revision,
@@ -236,7 +236,7 @@ async def rollback(
     caller.require("train")
     body = await read(request, wire.Rollback)
     moved = await gateway.promotion.rollback(
-        _owned(caller, tenant),
+        owned(caller, tenant),
         name,
         alias,
         actor=caller.key_id,
@@ -374,7 +374,7 @@ async def list_audit(
 ) -> wire.Json:
     """A tenant's audit events, newest first."""
     caller.require("train")
-    owner = _owned(caller, tenant or caller.tenant)
+    owner = owned(caller, tenant or caller.tenant)
     events = gateway.catalog.audit(owner, limit=limit, before_id=_number(cursor))
     return _page([wire.encode_audit_event(event) for event in events], limit, "event_id")
 
@@ -388,7 +388,7 @@ async def stats(caller: Caller, gateway: App) -> wire.Json:
     }
 
 
-def _owned(caller: Principal, tenant: str) -> Tenant:
+def owned(caller: Principal, tenant: str) -> Tenant:
     """`tenant` when the caller may act for it. Raises NotFound, which gives nothing away."""
     if tenant != caller.tenant and caller.role != "admin":
         raise NotFound(f"no tenant {tenant[:128]!r} here for this key")
@@ -398,7 +398,7 @@ def _owned(caller: Principal, tenant: str) -> Tenant:
 def _revision(
     gateway: Gateway, caller: Principal, tenant: str, name: str, reference: str
 ) -> Revision:
-    return gateway.promotion.revision(_owned(caller, tenant), name, reference)
+    return gateway.promotion.revision(owned(caller, tenant), name, reference)
 
 
 def _evaluation(evaluation: Evaluation) -> wire.Json:

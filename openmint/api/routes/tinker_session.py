@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import date
+from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -17,6 +17,7 @@ from openmint.service import checks
 from openmint.service.gateway import Gateway
 from openmint.types import SessionId
 from openmint.wire import requests
+from openmint.wire.billing import billing_events_of
 
 router = APIRouter(prefix="/api/v1")
 
@@ -295,12 +296,16 @@ async def audit(
 @router.get("/billing/usage/events")
 async def billing_events(
     caller: Caller,
-    starting_on: str | None = None,
-    ending_before: str | None = None,
+    gateway: App,
+    starting_on: datetime,
+    ending_before: datetime,
     project_id: str | None = None,
 ) -> dict[str, Any]:
-    """Nothing is billed here, so there are no events."""
-    return {"data": [], "sessions": {}}
+    """What the tenant used, hour by hour and base by base; nothing is billed for it."""
+    hours = await asyncio.to_thread(
+        gateway.catalog.usage, caller.tenant, since=starting_on, until=ending_before
+    )
+    return {"data": [event for hour in hours for event in billing_events_of(hour)], "sessions": {}}
 
 
 @router.get("/billing/usage/checkpoints/current")
