@@ -13,7 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import read
+from openmint.api.bodies import read, takes
 from openmint.catalog.records import Alias, Evaluation, Principal, Revision, Role
 from openmint.errors import InvalidRequest, NotFound, UnsupportedFormat
 from openmint.service.adapters import parse_config
@@ -146,7 +146,7 @@ async def export_peft(
     return Response(archive, media_type="application/x-tar", headers=headers)
 
 
-@router.post(POLICY + "/revisions", status_code=201)
+@router.post(POLICY + "/revisions", status_code=201, openapi_extra=takes(wire.ImportAdapter))
 async def import_revision(
     tenant: str, name: str, request: Request, caller: Caller, gateway: App
 ) -> wire.Json:
@@ -197,7 +197,7 @@ async def alias_history(
     return _page([wire.encode_alias_event(event) for event in events], limit, "event_id")
 
 
-@router.post(ALIAS + "/promote")
+@router.post(ALIAS + "/promote", openapi_extra=takes(wire.Promote))
 async def promote(
     tenant: str,
     name: str,
@@ -222,7 +222,7 @@ async def promote(
     return _alias_answer(moved)
 
 
-@router.post(ALIAS + "/rollback")
+@router.post(ALIAS + "/rollback", openapi_extra=takes(wire.Rollback))
 async def rollback(
     tenant: str,
     name: str,
@@ -273,7 +273,7 @@ async def get_task(reference: str, caller: Caller, gateway: App) -> wire.Json:
     return wire.encode_task_record(gateway.catalog.task(caller.tenant, reference), whole=True)
 
 
-@router.post("/evaluations", status_code=202)
+@router.post("/evaluations", status_code=202, openapi_extra=takes(wire.StartEvaluation))
 async def start_evaluation(request: Request, caller: Caller, gateway: App) -> wire.Json:
     """Score a model on a task in the background; poll the evaluation that comes back."""
     caller.require("train")
@@ -328,7 +328,7 @@ async def list_keys(caller: Caller, gateway: App, tenant: str | None = None) -> 
     return {"items": [wire.encode_key(key) for key in keys]}
 
 
-@router.post("/keys", status_code=201)
+@router.post("/keys", status_code=201, openapi_extra=takes(wire.CreateKey))
 async def create_key(request: Request, caller: Caller, gateway: App) -> wire.Json:
     """A new key; its text is in this answer and nowhere else."""
     caller.require()

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import read
+from openmint.api.bodies import read, takes
 from openmint.api.routes.catalog import READERS, owned
 from openmint.types import Tenant
 from openmint.wire import catalog as wire
@@ -29,7 +29,7 @@ async def get_quota(tenant: str, caller: Caller, gateway: App) -> wire.Json:
     return wire.encode_quota(gateway.limits.quota(owned(caller, tenant)))
 
 
-@router.put(QUOTA)
+@router.put(QUOTA, openapi_extra=takes(wire.SetQuota))
 async def set_quota(tenant: str, request: Request, caller: Caller, gateway: App) -> wire.Json:
     """Give a tenant a quota of its own; what is left out or null is without limit."""
     caller.require()

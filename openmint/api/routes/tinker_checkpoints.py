@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import read
+from openmint.api.bodies import read, takes
 from openmint.api.routes.tinker_training import promise
 from openmint.catalog.records import Checkpoint, Run, Segment
 from openmint.errors import InvalidRequest
@@ -34,7 +34,7 @@ KINDS = {
 PUBLISH_INSTEAD = "weights_access_token is not supported; have the owner publish the checkpoint"
 
 
-@router.post("/save_weights")
+@router.post("/save_weights", openapi_extra=takes(requests.SaveWeights))
 async def save_weights(request: Request, caller: Caller, gateway: App) -> Response:
     """Save a training state under a name."""
     caller.require("train")
@@ -44,7 +44,7 @@ async def save_weights(request: Request, caller: Caller, gateway: App) -> Respon
     return await promise(future, run.run_id)
 
 
-@router.post("/save_weights_for_sampler")
+@router.post("/save_weights_for_sampler", openapi_extra=takes(requests.SaveForSampler))
 async def save_weights_for_sampler(request: Request, caller: Caller, gateway: App) -> Response:
     """Make a revision: named, or unnamed with a sampler on it."""
     caller.require("train")
@@ -62,7 +62,7 @@ async def save_weights_for_sampler(request: Request, caller: Caller, gateway: Ap
     return await promise(future, run.run_id)
 
 
-@router.post("/save_weights_external")
+@router.post("/save_weights_external", openapi_extra=takes(requests.SaveExternal))
 async def save_weights_external(request: Request, caller: Caller, gateway: App) -> Response:
     """Save a PEFT folder for download."""
     caller.require("train")
@@ -85,7 +85,7 @@ def _order(
     return SaveOrder(segment, name, body.ttl_seconds, body.overwrite, body.user_metadata)
 
 
-@router.post("/load_weights")
+@router.post("/load_weights", openapi_extra=takes(requests.LoadWeights))
 async def load_weights(request: Request, caller: Caller, gateway: App) -> Response:
     """Load a checkpoint into a run, or start a run from it."""
     caller.require("train")
@@ -118,7 +118,7 @@ async def _create_from(body: requests.LoadWeights, tenant: Tenant, gateway: Gate
     return await promise(future, new.run_id)
 
 
-@router.post("/weights_info")
+@router.post("/weights_info", openapi_extra=takes(requests.WeightsInfo))
 async def weights_info(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """What a checkpoint holds, so that a client can start a run from it."""
     body = await read(request, requests.WeightsInfo)
@@ -134,7 +134,7 @@ async def weights_info(request: Request, caller: Caller, gateway: App) -> dict[s
     }
 
 
-@router.post("/copy_weights")
+@router.post("/copy_weights", openapi_extra=takes(requests.CopyWeights))
 async def copy_weights(request: Request, caller: Caller, gateway: App) -> dict[str, str]:
     """Put a checkpoint under a run of one's own; the bytes are shared, not copied."""
     caller.require("train")
@@ -234,7 +234,7 @@ async def unpublish(run_id: str, segment: str, name: str, caller: Caller, gatewa
     await gateway.checkpoints.set_public(caller.tenant, path, public=False, actor=caller.key_id)
 
 
-@router.put(CHECKPOINT + "/ttl", status_code=204)
+@router.put(CHECKPOINT + "/ttl", status_code=204, openapi_extra=takes(requests.CheckpointTtl))
 async def set_ttl(
     run_id: str, segment: str, name: str, request: Request, caller: Caller, gateway: App
 ) -> None:

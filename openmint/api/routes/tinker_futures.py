@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import read
+from openmint.api.bodies import read, takes
 from openmint.api.timing import server_timing
 from openmint.errors import RequestError
 from openmint.service.futures import ResultFuture
@@ -18,7 +18,7 @@ from openmint.wire.encode import SampleAnswer, encode
 router = APIRouter(prefix="/api/v1")
 
 
-@router.post("/retrieve_future")
+@router.post("/retrieve_future", openapi_extra=takes(requests.RetrieveFuture))
 async def retrieve_future(request: Request, caller: Caller, gateway: App) -> Response:
     """The result, or 408 after a while for the client to ask again."""
     caller.require("train", "serve")
@@ -53,7 +53,7 @@ def _ran(result: object) -> dict[str, str]:
     return headers
 
 
-@router.post("/retrieve_futures")
+@router.post("/retrieve_futures", openapi_extra=takes(requests.RetrieveFutures))
 async def retrieve_futures(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """Which samples of a sampling session finished since `prev_cursor`."""
     caller.require("train", "serve")
@@ -73,7 +73,7 @@ async def retrieve_futures(request: Request, caller: Caller, gateway: App) -> di
     return {"completions": completions, "cursor": cursor}
 
 
-@router.post("/cancel_future", status_code=204)
+@router.post("/cancel_future", status_code=204, openapi_extra=takes(requests.CancelFuture))
 async def cancel_future(request: Request, caller: Caller, gateway: App) -> None:
     """Give up a sample and free its pages; an accepted training request goes on."""
     caller.require("train", "serve")

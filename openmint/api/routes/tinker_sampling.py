@@ -8,7 +8,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import read
+from openmint.api.bodies import read, takes
 from openmint.errors import InvalidRequest
 from openmint.service.sampling import SampleRequest
 from openmint.types import IntArray, SessionId
@@ -20,7 +20,7 @@ from openmint.wire.tensors import TensorJson, Unfolding, from_json
 router = APIRouter(prefix="/api/v1")
 
 
-@router.post("/create_sampling_session")
+@router.post("/create_sampling_session", openapi_extra=takes(requests.CreateSampler))
 async def create_sampling_session(request: Request, caller: Caller, gateway: App) -> dict[str, str]:
     """Bind a sampling session to a base or to one revision."""
     caller.require("train", "serve")
@@ -47,7 +47,7 @@ async def get_sampler(sampler_id: str, caller: Caller, gateway: App) -> dict[str
     }
 
 
-@router.post("/join_sampling_session")
+@router.post("/join_sampling_session", openapi_extra=takes(requests.JoinSampler))
 async def join_sampling_session(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """A number for a copy of the client, which spaces its seq_ids apart from the others'."""
     caller.require("train", "serve")
@@ -57,7 +57,7 @@ async def join_sampling_session(request: Request, caller: Caller, gateway: App) 
     return {"client_counter": sampler.num_clones, "type": "join_sampling_session"}
 
 
-@router.post("/asample")
+@router.post("/asample", openapi_extra=takes(requests.Sample))
 async def asample(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """Open the future of a sample."""
     caller.require("train", "serve")

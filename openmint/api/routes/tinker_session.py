@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import read
+from openmint.api.bodies import read, takes
 from openmint.catalog.records import Session, SessionStatus
 from openmint.errors import InvalidRequest
 from openmint.service import checks
@@ -106,7 +106,7 @@ async def telemetry(caller: Caller) -> dict[str, str]:
     return {"status": "accepted"}
 
 
-@router.post("/create_session")
+@router.post("/create_session", openapi_extra=takes(requests.CreateSession))
 async def create_session(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """Open a session; a retry with the same X-Idempotency-Key gets the same one."""
     caller.require("train", "serve")
@@ -123,7 +123,7 @@ async def create_session(request: Request, caller: Caller, gateway: App) -> dict
     return {"session_id": session_id, "type": "create_session"}
 
 
-@router.post("/session_heartbeat")
+@router.post("/session_heartbeat", openapi_extra=takes(requests.Heartbeat))
 async def session_heartbeat(request: Request, caller: Caller, gateway: App) -> dict[str, str]:
     """Keep a session alive; 410 once it is over."""
     caller.require("train", "serve")
@@ -132,7 +132,7 @@ async def session_heartbeat(request: Request, caller: Caller, gateway: App) -> d
     return {"type": "session_heartbeat"}
 
 
-@router.post("/sessions/search")
+@router.post("/sessions/search", openapi_extra=takes(requests.SearchSessions))
 async def search_sessions(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """The tenant's sessions that match, newest first."""
     body = await read(request, requests.SearchSessions)
@@ -236,7 +236,9 @@ async def get_session(
     }
 
 
-@router.post("/sessions/{session_id}/finish", status_code=204)
+@router.post(
+    "/sessions/{session_id}/finish", status_code=204, openapi_extra=takes(requests.FinishSession)
+)
 async def finish_session(session_id: str, request: Request, caller: Caller, gateway: App) -> None:
     """Close a session: its runs leave the worker, its unnamed revisions are collected."""
     caller.require("train", "serve")
@@ -245,7 +247,9 @@ async def finish_session(session_id: str, request: Request, caller: Caller, gate
     await gateway.sessions.finish(caller.tenant, SessionId(session_id), reason, body.detail)
 
 
-@router.put("/sessions/{session_id}/project", status_code=204)
+@router.put(
+    "/sessions/{session_id}/project", status_code=204, openapi_extra=takes(requests.SessionProject)
+)
 async def move_session(session_id: str, request: Request, caller: Caller, gateway: App) -> None:
     """Put a session into a project, which is a label here."""
     caller.require("train")

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import INLINE_BYTES, read
+from openmint.api.bodies import INLINE_BYTES, read, takes
 from openmint.catalog.records import Principal
 from openmint.service import checks
 from openmint.service.futures import ResultFuture
@@ -30,7 +30,7 @@ async def promise(future: ResultFuture, run_id: str) -> Response:
     return JSONResponse({"request_id": future.request_id, "model_id": run_id})
 
 
-@router.post("/create_model")
+@router.post("/create_model", openapi_extra=takes(requests.CreateModel))
 async def create_model(request: Request, caller: Caller, gateway: App) -> Response:
     """Start a training run with a fresh adapter."""
     caller.require("train")
@@ -55,7 +55,7 @@ async def create_model(request: Request, caller: Caller, gateway: App) -> Respon
     return await promise(gateway.training.create_run(new, lora.seed), new.run_id)
 
 
-@router.post("/get_info")
+@router.post("/get_info", openapi_extra=takes(requests.GetInfo))
 async def get_info(request: Request, caller: Caller, gateway: App) -> dict[str, Any]:
     """What a run trains."""
     body = await read(request, requests.GetInfo)
@@ -106,7 +106,7 @@ async def _train(
     return await promise(future, run.run_id)
 
 
-@router.post("/optim_step")
+@router.post("/optim_step", openapi_extra=takes(requests.OptimStep))
 async def optim_step(request: Request, caller: Caller, gateway: App) -> Response:
     """Update the weights from the accumulated gradient."""
     caller.require("train")
