@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from openmint.catalog.aliases import AliasRecords
 from openmint.catalog.audit import AuditRecords
+from openmint.catalog.bases import BaseRecords
 from openmint.catalog.checkpoints import CheckpointRecords, SamplerRecords
 from openmint.catalog.database import Database
 from openmint.catalog.evaluations import EvaluationRecords
@@ -35,6 +36,7 @@ class Catalog(
     AuditRecords,
     GarbageRecords,
     TenantRecords,
+    BaseRecords,
 ):
     """All nouns of the catalogue in one handle; each base class is one of them."""
 

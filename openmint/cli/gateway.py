@@ -29,12 +29,14 @@ from openmint.catalog.catalog import Catalog
 from openmint.cli.data_folder import ADMIN_KEY_FILE, opened_catalog, write_admin_key
 from openmint.cli.output import console
 from openmint.cluster.process import WorkerProcess, start_worker
+from openmint.cluster.worker_client import WorkerClient
 from openmint.config import Settings
 from openmint.errors import InvalidRequest, OpenMintError, ServiceError
 from openmint.models.embedded import EMBEDDED_BASE, install_client_files, resolve_base
 from openmint.observe.logs import configure_logs
 from openmint.observe.metrics import Metrics
 from openmint.service.gateway import Gateway, build_gateway
+from openmint.service.orders import CODEC
 from openmint.service.workers import Workers
 from openmint.store.blobs import BlobStore
 from openmint.types import Tenant
@@ -69,7 +71,10 @@ class Service:
     ) -> None:
         self._settings, self._listener, self._url = settings, listener, url
         self._workers = Workers(len(settings.bases))
+        self._catalog = catalog
+        self._clients = {base: WorkerClient() for base in settings.bases}
         self._processes: dict[str, WorkerProcess] = {}
+        self._expect_bases()
         self._metrics = Metrics(__version__)
         self._metrics.watch_workers(
             lambda: [(c.base.name, c.alive, c.stats) for c in self._workers.all()]
@@ -81,6 +86,13 @@ class Service:
         self._metrics.watch_futures(self._gateway.futures.num_pending)
         self._stopping = asyncio.Event()
         self._failure: OpenMintError | None = None
+
+    def _expect_bases(self) -> None:
+        """Let clients ask bases that an earlier process had; what they ask waits."""
+        for base, client in self._clients.items():
+            if (known := self._catalog.known_base(base)) is not None:
+                client.expect(CODEC.decode(known))
+                self._workers.add(client)
 
     async def run(self) -> None:
         """Returns after an orderly stop. Raises the error that kept a base from loading."""
@@ -133,14 +145,14 @@ class Service:
 
     async def _start(self, base: str) -> None:
         started_at = time.monotonic()
-        before = self._processes.get(base)
-        client = before.client if before else None
+        client = self._clients[base]
         process = self._processes[base] = await start_worker(base, self._settings, client)
         process.client.observer = self._metrics
         process.client.meter = self._gateway.meter
         self._workers.add(process.client)
         info = process.base
         num_runs = await self._gateway.training.resume(info, process.ready.logged)
+        await asyncio.to_thread(self._catalog.remember_base, base, CODEC.encode(info))
         install_client_files(Path(info.directory), info.name, self._settings.data / "client")
         seconds = time.monotonic() - started_at
         log.info(

@@ -124,6 +124,10 @@ class WorkerClient:
         self._is_over = False
         """Nobody is going to start another worker, as far as we know."""
 
+    def expect(self, base: BaseInfo) -> None:
+        """A worker with this base is on its way: what is asked of it waits."""
+        self.base, self.epoch = base, 0
+
     def connect(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: Ready
     ) -> None:

@@ -44,7 +44,8 @@ class Lane:
         self._held: list[Held] = []
         self._changed = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
-        self._task = asyncio.create_task(self._send_in_order(), name=f"lane:{name}")
+        self._task: asyncio.Task[None] | None = None
+        self._is_stopped = False
 
     def submit(self, seq: int, job: Job, *, barrier: bool = False) -> None:
         """Queue a job. Nothing comes of it once the lane was stopped.
@@ -55,6 +56,8 @@ class Lane:
         overdue = time.monotonic() + self._gap_seconds
         heapq.heappush(self._held, Held(seq, overdue, job, barrier))
         self._changed.set()
+        if self._task is None and not self._is_stopped:
+            self._task = asyncio.create_task(self._send_in_order(), name=f"lane:{self._name}")
 
     def refuse(self, seq: int | None) -> None:
         """Count a refused request's seq_id as used."""
@@ -64,7 +67,9 @@ class Lane:
 
     def stop(self) -> None:
         """Send nothing more."""
-        self._task.cancel()
+        self._is_stopped = True
+        if self._task is not None:
+            self._task.cancel()
 
     async def wait_running(self) -> None:
         """Until the jobs that were started have ended."""

@@ -20,7 +20,16 @@ from openmint.scheduler.work import (
     TrainResult,
     TrainWork,
 )
-from openmint.types import AdamParams, Datum, Digest, LoraSpec, LossSpec, SessionId
+from openmint.types import (
+    AdamParams,
+    BaseInfo,
+    Datum,
+    Digest,
+    LoraSpec,
+    LossSpec,
+    SessionId,
+    TargetModule,
+)
 
 START_SEQ = 0
 """The request that starts a run; those of clients begin at 1."""
@@ -99,6 +108,7 @@ CODEC = Codec(
         *(StartOrder, LoadOrder, SaveOrder, SamplerOrder, TrainWork, OptimWork),
         *(CreateRun, RestoreRun, LoraSpec, AdamParams, Datum, LossSpec),
         *(TrainResult, OptimResult, Failure),
+        *(BaseInfo, TargetModule),
     )
 )
 

@@ -31,6 +31,7 @@ from openmint.errors import (
     InvalidRequest,
     NotFound,
     OpenMintError,
+    Overloaded,
     RequestError,
     WorkerLost,
 )
@@ -136,6 +137,7 @@ class Dormant:
     tenant: Tenant
     start: StartOrder
     pending: dict[int, Pending]
+    next_seq: int
     last_seq: int
 
 
@@ -487,7 +489,10 @@ class Training:
     # -- through crashes ----------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Take up the futures of an earlier process, and its runs once their bases are resident."""
+        """Take up the futures of an earlier process, and its runs, which wait for their bases.
+
+        A run whose base nobody expects is taken up when that is resident after all.
+        """
         for run_id, group in groupby(self._catalog.open_requests(), lambda row: row.run_id):
             rows = list(group)
             pending = {}
@@ -502,9 +507,20 @@ class Training:
             first = rows[0]
             if first.seq == START_SEQ and first.status != "failed" and first.body is not None:
                 start = CODEC.decode(first.body)
-                dormant = Dormant(run_id, first.tenant, start, pending, rows[-1].seq)
+                next_seq = next_seq_of(rows, self._catalog.snapshot_of(run_id))
+                dormant = Dormant(run_id, first.tenant, start, pending, next_seq, rows[-1].seq)
                 self._dormant[start.base].append(dormant)
+        for client in self._workers.all():
+            self._wake(client.base)
         self._catalog.lose_runs()
+
+    def _wake(self, base: BaseInfo) -> None:
+        """Have the base's runs of an earlier process be found; they send nothing yet."""
+        for dormant in self._dormant.pop(base.digest, ()):
+            run = self._live(dormant.run_id, dormant.tenant, base, dormant.start)
+            run.pending, run.last_seq = dormant.pending, dormant.last_seq
+            run.lane = run.lane.successor(dormant.next_seq)
+            run.lane.stop()
 
     def _restored(self, row: RequestRecord) -> ResultFuture:
         key = ("run", row.run_id) if row.seq == START_SEQ else ("seq_id", row.run_id, row.seq)
@@ -519,19 +535,33 @@ class Training:
         updates it has in its log.
         """
         started_at = time.monotonic()
-        for dormant in self._dormant.pop(base.digest, ()):
-            run = self._live(dormant.run_id, dormant.tenant, base, dormant.start)
-            run.pending, run.last_seq = dormant.pending, dormant.last_seq
+        self._wake(base)
         runs = [run for run in self._runs.values() if run.base.digest == base.digest]
         for run in runs:
             run.lane.stop()
         for run in runs:
             await self._rebuild(run, frozenset(logged.get(run.run_id, ())))
+        self._let_go_of_homeless()
         for run_id in logged.keys() - self._runs.keys():
             self._workers.by_digest(base.digest).forget(run_id, LAST_SEQ)
         if runs:
             self._spawn(_say_rebuilt(base, runs, started_at))
         return len(runs)
+
+    def _let_go_of_homeless(self) -> None:
+        """Tell who waits for a base that turned out to have other weights; what is written down
+        stays for when the old ones are back."""
+        for run in list(self._runs.values()):
+            try:
+                self._workers.by_digest(run.base.digest)
+            except NotFound as error:
+                run.ended = error
+                run.lane.stop()
+                del self._runs[run.run_id]
+                for pending in run.pending.values():
+                    pending.future.fail(error)
+            except Overloaded:
+                pass  # it may still come
 
     async def _rebuild(self, run: LiveRun, logged: frozenset[int]) -> None:
         """A new lane, which first sends what was done and then what was not."""

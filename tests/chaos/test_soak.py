@@ -1,0 +1,129 @@
+"""Life goes on and on: policies come, train, are saved, sampled from, and end. Nothing grows.
+
+`OPENMINT_SOAK_SECONDS=3600` is an hour; a test run takes a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import tinker
+from tinker import types
+
+from tests.chaos.training import LOSSES, Job
+from tests.servers import TestServer, gateway_of, running_server, workers_of
+
+pytestmark = [pytest.mark.chaos, pytest.mark.integration, pytest.mark.slow]
+
+SECONDS = float(os.environ.get("OPENMINT_SOAK_SECONDS", "60"))
+NUM_CLIENTS = 4
+WARM_UP_SHARE = 0.25
+"""Of the time: caches fill, and the allocator finds its size."""
+MOST_GROWTH_BYTES = {"gateway": 24 << 20, "worker": 48 << 20}
+"""Between the medians of the middle and of the end."""
+MOST_MORE_FILES = 8
+PAGE_WAIT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the service holds while nobody asks anything."""
+
+    at_seconds: float
+    gateway_bytes: int
+    worker_bytes: int
+    num_files: int
+    pages: int
+    runs: int
+    resident: int
+
+
+def one_life(server: TestServer, number: int) -> None:
+    """A session with a run: some steps, saves, samples of each kind."""
+    job = Job(number, LOSSES[number % len(LOSSES)])
+    with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
+        run = service.create_lora_training_client(
+            "tiny-llama", rank=1 + number % 8, seed=number, user_metadata={"policy": job.policy}
+        ).result()
+        for step in range(6):
+            run.forward_backward(job.data(step), job.loss).result()
+            run.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+        run.save_state("state").result()
+        run.save_weights_for_sampler("served", ttl_seconds=3600).result()
+        sampler = run.save_weights_and_get_sampling_client().result()
+        params = types.SamplingParams(max_tokens=16, seed=number)
+        sampler.sample(types.ModelInput.from_ints([504, 3575, number + 3]), 4, params).result()
+    body = {"model": f"default/{job.policy}@latest", "prompt": [504, 3575], "max_tokens": 8}
+    headers = {"X-API-Key": server.admin_key}
+    httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).raise_for_status()
+
+
+def look(server: TestServer, started_at: float) -> Look:
+    """Once the ended sessions' runs have left the worker."""
+    (worker,) = workers_of(server)
+    gateway, deadline = gateway_of(server), time.monotonic() + PAGE_WAIT_SECONDS
+    while True:
+        stats = worker_stats(server)
+        if (stats["num_training_runs"], stats["kv_pages_used"]) == (0, 0):
+            break
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.2)
+    return Look(
+        at_seconds=time.monotonic() - started_at,
+        gateway_bytes=gateway.memory_info().rss,
+        worker_bytes=worker.memory_info().rss,
+        # Connections are the clients' to close, or time's.
+        num_files=sum(each.num_fds() - len(each.net_connections()) for each in (gateway, worker)),
+        pages=stats["kv_pages_used"],
+        runs=stats["num_training_runs"],
+        resident=stats["num_resident_revisions"],
+    )
+
+
+def worker_stats(server: TestServer) -> dict[str, int]:
+    headers = {"X-API-Key": server.admin_key}
+    answer = httpx.get(f"{server.url}/catalog/v1/stats", headers=headers)
+    (base,) = answer.json()["bases"]
+    return dict(base)
+
+
+@pytest.mark.timeout(SECONDS * 2 + 300)
+def test_nothing_grows(tiny_base: Callable[[str], Path], tmp_path: Path) -> None:
+    looks = list[Look]()
+    environ = {
+        "OPENMINT_SERVICE_FUTURE_TTL_SECONDS": "5",
+        "OPENMINT_WORKER_SERVING_BYTES": str(16 << 20),
+    }
+    bases = [str(tiny_base("llama"))]
+    with running_server(tmp_path / "soak", bases=bases, environ=environ) as server:
+        started_at, number = time.monotonic(), 0
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            while time.monotonic() - started_at < SECONDS:
+                lives = [pool.submit(one_life, server, number + i) for i in range(2 * NUM_CLIENTS)]
+                number += len(lives)
+                for life in lives:
+                    life.result()
+                looks.append(look(server, started_at))
+        journal = sum(path.stat().st_size for path in (server.data / "journal").glob("*/*"))
+    settled = [each for each in looks if each.at_seconds > WARM_UP_SHARE * SECONDS]
+    assert len(settled) >= 4, looks
+    half = len(settled) // 2
+    middle, end = settled[:half], settled[half:]
+    print(f"{number} lives, {len(looks)} looks; first {looks[0]}, last {looks[-1]}")
+    for name, most in MOST_GROWTH_BYTES.items():
+        sizes = [[getattr(each, f"{name}_bytes") for each in part] for part in (middle, end)]
+        grown = float(np.median(sizes[1]) - np.median(sizes[0]))
+        print(f"{name}: {grown / 2**20:+.1f} MiB from the middle to the end")
+        assert grown < most, name
+    files = [each.num_files for each in settled]
+    assert max(files[half:]) <= max(files[:half]) + MOST_MORE_FILES
+    print(f"files {files[0]} to {files[-1]}, journal {journal / 2**20:.1f} MiB at the end")
+    assert journal < 64 << 20
