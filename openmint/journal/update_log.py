@@ -140,6 +140,11 @@ class UpdateLog:
         return self._epoch
 
     @property
+    def is_sound(self) -> bool:
+        """Whether updates can be acknowledged."""
+        return self._failure is None
+
+    @property
     def num_bytes(self) -> int:
         with self._guard:
             return sum(self._sizes.values())
@@ -365,6 +370,7 @@ class NoLog:
 
     epoch = 0
     num_bytes = 0
+    is_sound = True
 
     def find(self, run_id: RunId, seq: int, *, must_be: bool) -> Logged | None:
         return None

@@ -39,6 +39,8 @@ WORKER_GAUGES: tuple[tuple[str, str, str], ...] = (
     ("openmint_resident_revisions", "num_resident_revisions", "Revisions in serving slots."),
     ("openmint_kv_pages", "kv_pages_total", "Pages of the KV cache."),
     ("openmint_kv_pages_used", "kv_pages_used", "Pages of the KV cache in use."),
+    ("openmint_journal_bytes", "journal_bytes", "Logged gradients since the runs' snapshots."),
+    ("openmint_journal_sound", "journal_is_sound", "1 while updates can be acknowledged."),
 )
 WORKER_COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("vllm:prompt_tokens", "prompt_tokens", "Prompt tokens prefilled or found in the cache."),

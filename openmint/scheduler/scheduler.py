@@ -181,6 +181,8 @@ class Updates(Protocol):
     @property
     def epoch(self) -> int: ...
     @property
+    def is_sound(self) -> bool: ...
+    @property
     def num_bytes(self) -> int: ...
 
 
@@ -473,9 +475,10 @@ class Scheduler:
             case CreateRun(run_id, _, spec, seed):
                 num_params = engine.create_run(run_id, spec, seed)
                 self._finish_entry(entry, RunState(spec, num_params, 0))
-            case DropRun(run_id):
+            case DropRun(run_id, _, keeps_log):
                 engine.drop_run(run_id)
-                self._updates.forget(run_id, LAST_SEQ)
+                if not keeps_log:
+                    self._updates.forget(run_id, LAST_SEQ)
                 self._finish_entry(entry, None)
             case OptimWork():
                 self._update(entry, entry.command)
@@ -681,6 +684,7 @@ class Scheduler:
             revision_evictions=counters["evictions"],
             preemptions=self._batcher.num_preemptions,
             journal_bytes=self._updates.num_bytes,
+            journal_is_sound=self._updates.is_sound,
             train_seconds=self._phases.train_seconds,
             serve_seconds=self._phases.serve_seconds,
             resident_revisions=self._slots.resident,

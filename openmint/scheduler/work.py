@@ -57,10 +57,12 @@ class RestoreRun:
 
 @dataclass(frozen=True, slots=True)
 class DropRun:
-    """Free a training session's memory. -> None. Unknown runs are fine."""
+    """Free a training session's memory, and forget its updates. -> None. Unknown runs are fine."""
 
     run_id: RunId
     tenant: Tenant
+    keeps_log: bool = False
+    """Leave its updates in the log, as evidence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +322,8 @@ class WorkerStats:
     revision_evictions: int = 0
     preemptions: int = 0
     journal_bytes: int = 0
+    journal_is_sound: bool = True
+    """False once a sync failed: no update is acknowledged until the worker is started again."""
     train_seconds: float = 0.0
     serve_seconds: float = 0.0
     resident_revisions: tuple[Digest, ...] = field(default=())

@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -43,6 +43,8 @@ class ResultFuture:
     task: asyncio.Task[None] | None = None
     accepting: asyncio.Task[None] | None = None
     """Writes the request down, for those that outlive the process."""
+    holdup: Callable[[], str | None] = lambda: None
+    """Says what it waits for, beyond its turn."""
     encoded: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
     def resolve(self, result: object) -> None:

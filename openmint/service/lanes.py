@@ -47,6 +47,12 @@ class Lane:
         self._task: asyncio.Task[None] | None = None
         self._is_stopped = False
 
+    @property
+    def sent_seq(self) -> int:
+        """Everything up to it was sent, and nothing after it."""
+        held = self._held[0].seq if self._held else self.next_seq
+        return min(held, self.next_seq) - 1
+
     def submit(self, seq: int, job: Job, *, barrier: bool = False) -> None:
         """Queue a job. Nothing comes of it once the lane was stopped.
 

@@ -75,7 +75,7 @@ class Snapshots:
 
     async def save(self, run: LiveRun) -> None:
         """Save the run's state after what was sent so far, then forget what led to it."""
-        seq = run.lane.next_seq - 1
+        seq = run.lane.sent_seq
         with self._collector.saving():
             # Its first step sends the command, so nothing comes between.
             blob = await self._training.call(run, SaveRun(run.run_id, run.tenant))

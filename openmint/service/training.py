@@ -186,6 +186,7 @@ class Training:
         self._log = RequestLog(catalog)
         self._runs: dict[RunId, LiveRun] = {}
         self._dormant: dict[Digest, list[Dormant]] = defaultdict(list)
+        self._lost: dict[RunId, LiveRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._performers: dict[type, Performer] = {
             StartOrder: self._start,
@@ -342,6 +343,7 @@ class Training:
     ) -> ResultFuture:
         run.last_seq = max(run.last_seq, seq)
         future = self._futures.open(run.tenant, kind, key, content)
+        future.holdup = partial(self._holdup, run)
         future.accepting = asyncio.create_task(self._accept(run, seq, Pending(order, future)))
         future.accepting.add_done_callback(_heard)
         return future
@@ -483,6 +485,14 @@ class Training:
     def num_runs(self, tenant: Tenant) -> int:
         return sum(run.tenant == tenant for run in self._runs.values())
 
+    def _holdup(self, run: LiveRun) -> str | None:
+        """What the run's requests wait for, in words for their client."""
+        if not self._workers.by_digest(run.base.digest).alive:
+            return f"the worker of base {run.base.name} is being started again; nothing is lost"
+        if run.rebuilt is not None and not run.rebuilt.done():
+            return "the run is being rebuilt after a crash; nothing is lost"
+        return None
+
     def live_runs(self) -> list[LiveRun]:
         return list(self._runs.values())
 
@@ -521,6 +531,8 @@ class Training:
             run.pending, run.last_seq = dormant.pending, dormant.last_seq
             run.lane = run.lane.successor(dormant.next_seq)
             run.lane.stop()
+            for pending in run.pending.values():
+                pending.future.holdup = partial(self._holdup, run)
 
     def _restored(self, row: RequestRecord) -> ResultFuture:
         key = ("run", row.run_id) if row.seq == START_SEQ else ("seq_id", row.run_id, row.seq)
@@ -542,7 +554,7 @@ class Training:
         for run in runs:
             await self._rebuild(run, frozenset(logged.get(run.run_id, ())))
         self._let_go_of_homeless()
-        for run_id in logged.keys() - self._runs.keys():
+        for run_id in logged.keys() - self._runs.keys() - self._lost.keys():
             self._workers.by_digest(base.digest).forget(run_id, LAST_SEQ)
         if runs:
             self._spawn(_say_rebuilt(base, runs, started_at))
@@ -607,10 +619,11 @@ class Training:
             f"training run {run.run_id!r} could not be rebuilt: {error.message}; continue from a "
             "checkpoint with create_training_client_from_state"
         )
+        self._lost[run.run_id] = run
         for seq, pending in list(run.pending.items()):
             await self._end(run, seq, pending, None, lost)
         await asyncio.to_thread(self._catalog.lose_runs, [run.run_id])
-        await self._drop(run)
+        await self._drop(run, keeps_log=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -629,11 +642,14 @@ class Training:
             for pending in run.pending.values():
                 pending.future.fail(run.ended)
             self._spawn(self._drop(run))
+        for run in [run for run in self._lost.values() if run.session_id == session_id]:
+            del self._lost[run.run_id]
+            self._spawn(self._drop(run))
 
-    async def _drop(self, run: LiveRun) -> None:
+    async def _drop(self, run: LiveRun, *, keeps_log: bool = False) -> None:
         with suppress(WorkerLost):
             client = self._workers.by_digest(run.base.digest)
-            await client.call(DropRun(run.run_id, run.tenant))
+            await client.call(DropRun(run.run_id, run.tenant, keeps_log))
 
     async def close(self) -> None:
         """Wait for what the workers have answered to be written down."""

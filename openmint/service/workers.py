@@ -23,6 +23,10 @@ class Workers:
     def all(self) -> tuple[WorkerClient, ...]:
         return tuple(self._by_name.values())
 
+    def states(self) -> dict[str, str]:
+        """Of each base `ready`, or what keeps its worker from being of use."""
+        return {client.base.name: _state(client) for client in self.all()}
+
     def sampled_revisions(self, tenant: Tenant) -> set[Digest]:
         """Those that samples of the tenant run on or wait for, on any base."""
         return set().union(*(client.sampled_revisions(tenant) for client in self.all()))
@@ -54,3 +58,9 @@ class Workers:
 
     def _resident(self) -> str:
         return ", ".join(sorted(self._by_name)) or "none"
+
+
+def _state(client: WorkerClient) -> str:
+    if not client.alive:
+        return "down"
+    return "ready" if client.stats.journal_is_sound else "journal failed"

@@ -75,6 +75,7 @@ def test_a_barrier_waits_for_all_before_and_holds_all_after():
         sender.submit(3)
         await asyncio.sleep(0.02)
         assert sender.started == [1]
+        assert sender.lane.sent_seq == 1
         sender.release.set()
         await sender.until_ended(2, 3)
         assert sender.started == [1, 2, 3]
@@ -107,7 +108,9 @@ def test_a_successor_goes_on_from_where_it_is_told_and_knows_what_was_refused():
         sender.lane = sender.lane.successor(2)
         for seq in (4, 1, 2):
             sender.submit(seq)
+        assert (sender.lane.next_seq, sender.lane.sent_seq) == (2, 0)
         await sender.until_ended(1, 2, 4)
         assert sender.started == [1, 2, 4]
+        assert sender.lane.sent_seq == 4
 
     run(scenario())

@@ -19,9 +19,10 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(gateway: App) -> JSONResponse:
-    """200 once every base is resident in a live worker, else 503 with what is missing."""
-    bases = {client.base.name: client.alive for client in gateway.workers.all()}
-    ready = len(bases) == len(gateway.settings.bases) and all(bases.values())
-    states = {name: "ready" if alive else "down" for name, alive in bases.items()}
+    """200 once every base is resident in a live worker that can log, else 503 with what is
+    missing."""
+    states = gateway.workers.states()
+    is_complete = len(states) == len(gateway.settings.bases)
+    ready = is_complete and all(state == "ready" for state in states.values())
     content = {"status": "ready" if ready else "unavailable", "bases": states}
     return JSONResponse(content, 200 if ready else 503)

@@ -26,6 +26,8 @@ async def retrieve_future(request: Request, caller: Caller, gateway: App) -> Res
     future = gateway.futures.get(caller.tenant, body.request_id)
     if not await gateway.futures.wait(future, gateway.settings.service.long_poll_seconds):
         pending = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
+        if reason := future.holdup():
+            pending |= {"queue_state": "paused_capacity", "queue_state_reason": reason}
         return JSONResponse(pending, 408)
     if (error := future.error) is not None:
         category = "user" if isinstance(error, RequestError) else "server"
