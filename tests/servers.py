@@ -78,7 +78,14 @@ def gateway_of(server: TestServer) -> psutil.Process:
 def workers_of(server: TestServer) -> list[psutil.Process]:
     """The worker processes that the service has now."""
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return [child for child in children if "openmint.cluster.worker" in child.cmdline()]
+    return [child for child in children if _is_worker(child)]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "openmint.cluster.worker" in process.cmdline()
+    except psutil.Error:  # it has just ended
+        return False
 
 
 @contextmanager

@@ -216,7 +216,7 @@ class AliasRecords:
         Makes the policy where there is none. Raises InvalidRequest when it has another base.
         """
         with self._database.write() as connection:
-            owner = get_or_create(connection, tenant, policy, base)
+            owner = get_or_create(connection, tenant, policy, base, actor=actor)
             added = put_revision(
                 connection,
                 owner,

@@ -158,7 +158,7 @@ class CheckpointRecords:
     ) -> Checkpoint:
         """Let it expire that long from now; None: never. Raises NotFound."""
         change = {"expires_at": _expiry(ttl_seconds)}
-        return self._change(tenant, run_id, segment, name, change)
+        return self._change(tenant, run_id, segment, name, change, (run_id, "checkpoint.set_ttl"))
 
     def set_checkpoint_public(
         self,
@@ -286,6 +286,8 @@ def _put(
         )
     )
     note_steps(connection, run, blob)
+    subject, details = f"{run.run_id}/{segment}/{name}", {"digest": blob.digest}
+    note_event(connection, run.tenant, run.run_id, "checkpoint.create", subject, details)
     if segment == "sampler_weights":
         policy = find_policy(connection, run.tenant, run.policy_name)
         put_revision(

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Float, cast, func, update
 
 from openmint.catalog import tables as t
+from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
 from openmint.catalog.policies import find_policy
 from openmint.catalog.records import Evaluation, EvaluationStatus, TaskRecord
@@ -41,6 +42,7 @@ class EvaluationRecords:
                     created_at=row.created_at,
                 )
             )
+            note_event(connection, tenant, "", "task.create", name, {"digest": digest})
             return row
 
     def task(self, tenant: Tenant, reference: str) -> TaskRecord:
@@ -104,7 +106,10 @@ class EvaluationRecords:
                 )
             )
             assert added.inserted_primary_key is not None
-            return _find(connection, tenant, added.inserted_primary_key[0])
+            (evaluation_id,) = added.inserted_primary_key
+            details = {"task": task_name, "policy": policy_name, "digest": digest}
+            note_event(connection, tenant, "", "evaluation.create", str(evaluation_id), details)
+            return _find(connection, tenant, evaluation_id)
 
     def finish_evaluation(self, tenant: Tenant, evaluation_id: int, num_correct: int) -> Evaluation:
         """The evaluation with its score. Raises NotFound."""

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, func, select, update
 
 from openmint.catalog import tables as t
+from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
 from openmint.catalog.records import Policy, PolicyPage, Run
 from openmint.catalog.rows import (
@@ -40,6 +41,8 @@ def get_or_create(
     name: str,
     base: BaseInfo,
     user_metadata: Mapping[str, str] | None = None,
+    *,
+    actor: str,
 ) -> Policy:
     """The policy, new where there was none. Raises InvalidRequest when it has another base."""
     try:
@@ -55,6 +58,7 @@ def get_or_create(
                 created_at=now(),
             )
         )
+        note_event(connection, tenant, actor, "policy.create", f"{tenant}/{name}")
         return find_policy(connection, tenant, name)
     if found.base_digest != base.digest:
         raise InvalidRequest(
@@ -87,7 +91,7 @@ def put_run(
 ) -> Run:
     """The run, and its policy where there was none. Raises as `add_run`."""
     status = "live" if find_session(connection, tenant, session_id).status == "open" else "closed"
-    owner = get_or_create(connection, tenant, policy, base)
+    owner = get_or_create(connection, tenant, policy, base, actor=run_id)
     known = one(connection, Run, RUNS.where(t.run.c.run_id == run_id))
     if known is None:
         started_at = now()
@@ -108,6 +112,7 @@ def put_run(
                 num_optim_steps=0,
             )
         )
+        note_event(connection, tenant, session_id, "run.create", run_id)
     elif (known.tenant, known.spec, known.policy_id) != (tenant, spec, owner.policy_id):
         raise Conflict(f"run {run_id} exists and differs; use the next model_seq_id")
     return find_run(connection, tenant, run_id)
@@ -125,10 +130,11 @@ class PolicyRecords:
         base: BaseInfo,
         *,
         user_metadata: Mapping[str, str] | None = None,
+        actor: str = "",
     ) -> Policy:
         """The policy, new where there was none. Raises InvalidRequest when it has another base."""
         with self._database.write() as connection:
-            return get_or_create(connection, tenant, name, base, user_metadata)
+            return get_or_create(connection, tenant, name, base, user_metadata, actor=actor)
 
     def policy(self, tenant: Tenant, name: str) -> Policy:
         """Raises NotFound."""

@@ -98,6 +98,9 @@ def put_revision(
                 created_at=now(),
             )
         )
+        maker = run.run_id if run else origin
+        subject = f"{policy.tenant}/{policy.name}@{blob.digest}"
+        note_event(connection, policy.tenant, maker, "revision.create", subject)
     if run is not None:
         note_steps(connection, run, blob)
     return find_live_revision(connection, policy, blob.digest)

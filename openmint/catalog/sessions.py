@@ -8,6 +8,7 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Connection, and_, false, or_, select, tuple_, update
 
 from openmint.catalog import tables as t
+from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
 from openmint.catalog.records import Session, SessionStatus
 from openmint.catalog.requests import drop_requests
@@ -63,6 +64,7 @@ class SessionRecords:
                         status="open",
                     )
                 )
+                note_event(connection, tenant, sdk_version or "", "session.create", session_id)
             elif owner != tenant:
                 raise Conflict(f"session {session_id} exists; choose another id")
             return find_session(connection, tenant, session_id)
@@ -86,6 +88,8 @@ class SessionRecords:
             find_session(connection, tenant, session_id)
             owned = t.session.c.session_id == session_id
             connection.execute(update(t.session).where(owned).values(project_id=project_id))
+            details = {"project_id": project_id}
+            note_event(connection, tenant, session_id, "session.move", session_id, details)
 
     def finish_session(
         self,
@@ -100,6 +104,7 @@ class SessionRecords:
         with self._database.write() as connection:
             if find_session(connection, tenant, session_id).finished_at is None:
                 _end(connection, [session_id], status, reason, detail)
+                note_event(connection, tenant, session_id, "session.finish", session_id)
 
     def expire_idle(self, seen_before: datetime) -> list[tuple[Tenant, SessionId]]:
         """End the open sessions that were last heard of before then; says which they were."""
@@ -109,6 +114,8 @@ class SessionRecords:
             ended = [(row.tenant, row.session_id) for row in connection.execute(query)]
             reason = ("interrupted", "no heartbeat")
             _end(connection, [session_id for _, session_id in ended], "expired", *reason)
+            for tenant, session_id in ended:
+                note_event(connection, tenant, "expiry", "session.finish", session_id)
         return ended
 
     def open_sessions(self) -> list[Session]:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from openmint.engine.optimizer import AdamState
+from openmint.engine.optimizer import AdamState, is_finite
 from openmint.engine.runs import RunSnapshot
 from openmint.errors import InvalidRequest
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
@@ -25,6 +25,7 @@ from openmint.types import BaseInfo, Digest, LoraSpec
 
 PREFIX = "base_model.model."
 TRAINING_FORMAT = "openmint-training/1"
+VECTORS = ("params", "exp_avg", "exp_avg_sq")
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -77,21 +78,34 @@ def encode_training(snapshot: RunSnapshot, base: BaseInfo) -> bytes:
 
 
 def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
-    """The inverse of `encode_training`. Raises InvalidRequest when it isn't such a file or its base
-    is another."""
-    metadata = read_header(data).metadata
+    """The inverse of `encode_training`. Raises InvalidRequest with the list of what doesn't match:
+    base, tensor names, shapes, dtypes, values that aren't finite."""
+    header = read_header(data)
+    metadata = header.metadata
     if metadata.get("format") != TRAINING_FORMAT:
         raise InvalidRequest(f"not a training state: format {metadata.get('format')!r}")
-    if metadata["base"] != base.digest:
-        raise InvalidRequest(f"the state belongs to base {metadata['base']}, not {base.digest}")
-    spec = LoraSpec(**json.loads(metadata["spec"]))
+    if metadata.get("base") != base.digest:
+        raise InvalidRequest(f"the state belongs to base {metadata.get('base')}, not {base.digest}")
+    try:
+        spec = LoraSpec(**json.loads(metadata["spec"]))
+        num_steps = int(metadata["num_optim_steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"a training state without a sound header: {error!r}") from None
     num_params = AdapterLayout(spec, base.targets_of(spec)).num_params
-    tensors = safetensors.torch.load(data)
-    if any(t.shape != (num_params,) or t.dtype != torch.float32 for t in tensors.values()):
-        raise InvalidRequest(f"a state of {spec} holds fp32 vectors of {num_params} values")
+    problems = [f"{name} is missing" for name in VECTORS if name not in header.tensors]
+    problems += [
+        f"{name} is {entry.dtype} {list(entry.shape)}, not F32 [{num_params}]"
+        for name, entry in header.tensors.items()
+        if (entry.dtype, entry.shape) != ("F32", (num_params,))
+    ]
+    problems += [f"{name} is unknown" for name in header.tensors if name not in (*VECTORS, "grads")]
+    tensors = {} if problems else safetensors.torch.load(data)
+    problems += [f"{name} holds NaN or inf" for name, t in tensors.items() if not is_finite(t)]
+    if problems:
+        raise InvalidRequest(f"a state of {spec} doesn't fit: {'; '.join(problems[:10])}")
     moved = {name: tensor.to(base.device) for name, tensor in tensors.items()}
-    num_steps = int(metadata["num_optim_steps"])
-    state = AdamState(moved["params"], moved["exp_avg"], moved["exp_avg_sq"], num_steps)
+    params_P, avg_P, avg_sq_P = (moved[name] for name in VECTORS)
+    state = AdamState(params_P, avg_P, avg_sq_P, num_steps)
     return RunSnapshot(spec, state, moved.get("grads"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -42,14 +43,21 @@ class Killer:
             self.is_over.set()
 
     def _kill(self, what: str) -> None:
-        victims = list[psutil.Process]()
-        if what != "worker":
-            victims.append(gateway_of(self._server))
-        if what != "gateway":
-            victims += workers_of(self._server)
-        for victim in victims:
+        for victim in self._victims(what):
             victim.kill()
         self.killed[what] += 1
+
+    def _victims(self, what: str) -> list[psutil.Process]:
+        """The living processes of that kind; there is always one again soon."""
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(psutil.Error, ValueError):
+                gateway, workers = gateway_of(self._server), workers_of(self._server)
+                if workers:
+                    alone = {"worker": workers, "gateway": [gateway]}
+                    return alone.get(what, [gateway, *workers])
+            time.sleep(0.02)
+        raise AssertionError(f"nothing to kill within {READY_SECONDS:g} s")
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS
