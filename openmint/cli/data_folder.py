@@ -37,18 +37,19 @@ def opened_catalog(settings: Settings, *, create: bool) -> Iterator[Catalog]:
         catalog.close()
 
 
-@contextmanager
-def sole_server(data: Path) -> Iterator[None]:
-    """Hold the folder for one server. Raises Conflict while another one holds it."""
+def locked_for_server(data: Path) -> int:
+    """An open file that holds the folder for one server, until it and its copies in other processes
+    are closed. Raises Conflict while another server holds it."""
     data.mkdir(parents=True, exist_ok=True)
-    with (data / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Conflict(
-                f"another server uses {data}; stop it, or give this one a --data of its own"
-            ) from None
-        yield
+    file = os.open(data / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise Conflict(
+            f"another server uses {data}; stop it, or give this one a --data of its own"
+        ) from None
+    return file
 
 
 def write_admin_key(data: Path, key: str) -> Path:

@@ -1,6 +1,6 @@
 """The gateway process: the web service over its parts, and the workers that it keeps alive.
 
-It is started, and started again, by `cli/serve.py`. SIGTERM: requests in flight, workers,
+It is started, and started again, by `cli/supervise.py`. SIGTERM: requests in flight, workers,
 catalogue. A second signal ends the process at once.
 """
 
