@@ -58,12 +58,16 @@ class RequestRecords:
     def open_requests(self) -> list[RequestRecord]:
         """Those of every run whose session is open, run by run and in their order.
 
-        One that was accepted just when its session ended is forgotten here.
+        Bodies are there where something is still to do, and of the request that starts a run. One
+        that was accepted just when its session ended is forgotten here.
         """
+        column = t.request.c
+        wanted = case(((column.status == "accepted") | (column.seq == 0), column.body))
+        columns = [wanted.label("body") if c.name == "body" else c for c in column]
         ended = select(t.session.c.session_id).where(t.session.c.finished_at.is_not(None))
         with self._database.write() as connection:
             connection.execute(delete(t.request).where(t.request.c.session_id.in_(ended)))
-            ordered = REQUESTS.order_by(t.request.c.run_id, t.request.c.seq)
+            ordered = select(*columns).order_by(column.run_id, column.seq)
             return many(connection, RequestRecord, ordered)
 
     def requests_of(self, run_id: RunId) -> list[RequestRecord]:
