@@ -11,7 +11,8 @@ import numpy as np
 from openmint.config import WorkerConfig
 from openmint.engine.engine import Engine
 from openmint.journal.update_log import NoLog
-from openmint.scheduler.scheduler import Archive, Scheduler
+from openmint.scheduler.scheduler import Scheduler
+from openmint.scheduler.seams import Archive
 from openmint.scheduler.work import Command, Done, Failed, Submit, ToGateway
 from openmint.types import Datum, Digest, IntArray, Tenant
 

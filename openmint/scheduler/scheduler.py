@@ -13,9 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from openmint.config import WorkerConfig
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
@@ -32,6 +30,16 @@ from openmint.scheduler.batcher import Batcher
 from openmint.scheduler.engine_time import Arrival, EngineTime
 from openmint.scheduler.fairness import PhaseClock, TenantClock
 from openmint.scheduler.lanes import Entry, Lanes
+from openmint.scheduler.prompt_scores import prompt_scores
+from openmint.scheduler.seams import (
+    Archive,
+    Background,
+    EngineProtocol,
+    LoggedUpdate,
+    Update,
+    Updates,
+    Weights,
+)
 from openmint.scheduler.sequences import DecodeText, Sequence
 from openmint.scheduler.work import (
     Cancel,
@@ -61,17 +69,10 @@ from openmint.scheduler.work import (
     WorkerStats,
 )
 from openmint.types import (
-    AdamParams,
-    BaseInfo,
-    Datum,
     Digest,
-    FloatArray,
-    IntArray,
     LoraSpec,
-    LossSpec,
     RunId,
     Tenant,
-    TopLogprobs,
 )
 
 log = logging.getLogger(__name__)
@@ -80,114 +81,6 @@ OPTIMIZER = "adamw/1"
 """What a logged gradient was applied by; another one would make another state of it."""
 LAST_SEQ = 1 << 62
 """Above every request of a run."""
-
-
-class Weights(Protocol):
-    """Adapter weights as the scheduler sees them: something with a shape and a size."""
-
-    @property
-    def spec(self) -> LoraSpec: ...
-    @property
-    def num_bytes(self) -> int: ...
-
-
-class Snapshot(Protocol):
-    """A training state at one moment."""
-
-    @property
-    def spec(self) -> LoraSpec: ...
-    @property
-    def num_optim_steps(self) -> int: ...
-
-
-class Update(Protocol):
-    """An update that is made and not yet in effect."""
-
-    @property
-    def grad_norm(self) -> float: ...
-    @property
-    def num_optim_steps(self) -> int: ...
-    @property
-    def gradient(self) -> memoryview: ...
-
-
-class EngineProtocol(Protocol):
-    """What the scheduler asks of the engine; `engine.engine.Engine` is the real one."""
-
-    base: BaseInfo
-    num_pages: int
-
-    @property
-    def num_runs(self) -> int: ...
-    @property
-    def training_bytes(self) -> int: ...
-    def create_run(self, run_id: RunId, spec: LoraSpec, seed: int) -> int: ...
-    def restore_run(self, run_id: RunId, snapshot: Any) -> int: ...
-    def drop_run(self, run_id: RunId) -> None: ...
-    def snapshot_run(self, run_id: RunId) -> Snapshot: ...
-    def export_run(self, run_id: RunId) -> tuple[Weights, int]: ...
-    def read_gradient(self, run_id: RunId, read_into: Callable[[memoryview], None]) -> None: ...
-    def prepare_update(self, run_id: RunId, adam: AdamParams) -> Update: ...
-    def publish_update(self, run_id: RunId, update: Any) -> None: ...
-    def discard_update(self, run_id: RunId, update: Any) -> None: ...
-    def open_train(
-        self,
-        work_id: int,
-        run_id: RunId,
-        data: tuple[Datum, ...],
-        loss: LossSpec,
-        forward_only: bool,
-    ) -> None: ...
-    def train(self, micro_batch: MicroBatch) -> None: ...
-    def close_train(self, work_id: int) -> tuple[tuple[FloatArray, ...], dict[str, float]]: ...
-    def abandon_train(self, work_id: int) -> None: ...
-    def attach(self, revision: Digest, weights: Any) -> None: ...
-    def detach(self, revision: Digest) -> None: ...
-    def sample(self, batch: SampleBatch) -> list[ChunkOutcome]: ...
-    def score(self, weights: Any, tokens_T: IntArray) -> tuple[FloatArray, bool]: ...
-
-
-class Archive(Protocol):
-    """Adapter bytes in and out of the store; called on background threads."""
-
-    def save_revision(self, weights: Any) -> tuple[Digest, int]: ...
-    def load_revision(self, revision: Digest) -> Weights: ...
-    def save_training(self, snapshot: Any) -> tuple[Digest, int]: ...
-    def load_training(self, digest: Digest) -> Snapshot: ...
-    def load_as_training(self, revision: Digest) -> Snapshot: ...
-
-
-class LoggedUpdate(Protocol):
-    """An update that an earlier worker logged."""
-
-    @property
-    def head(self) -> Mapping[str, Any]: ...
-    def read_into(self, memory: memoryview) -> None: ...
-
-
-class Updates(Protocol):
-    """The log of updates, `journal.update_log.UpdateLog` or `NoLog`."""
-
-    def find(self, run_id: RunId, seq: int, *, must_be: bool) -> LoggedUpdate | None: ...
-    def append(
-        self,
-        run_id: RunId,
-        seq: int,
-        head: Mapping[str, Any],
-        gradient: memoryview,
-        then: Callable[[Exception | None], None],
-    ) -> None: ...
-    def forget(self, run_id: RunId, through_seq: int) -> None: ...
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def is_sound(self) -> bool: ...
-    @property
-    def num_bytes(self) -> int: ...
-
-
-Background = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]
-"""`background(job, then)`: run `job` elsewhere, then call `then(value, error)` on this thread."""
 
 
 @dataclass(eq=False)
@@ -428,24 +321,15 @@ class Scheduler:
                 self._end_sampling(sampling)
 
     def _sample_result(self, sampling: Sampling) -> SampleResult:
-        work, first = sampling.work, sampling.sequences[0]
         (revision,) = sampling.ran
-        logprobs = [scored.logprobs_N for scored in first.scored]
-        tops = [scored.top for scored in first.scored if scored.top is not None]
-        found = [s.candidates_NK for s in first.scored if s.candidates_NK is not None]
-        drawn = [s.alternatives for s in first.scored if s.alternatives is not None]
-        wanted = work.target_prompt_logprobs_NK
         return SampleResult(
             sequences=tuple(sequence.result() for sequence in sampling.sequences),
             revision=revision,
             base=self._engine.base.digest,
             epoch=self._updates.epoch,
-            prompt_logprobs_T=_prompt_logprobs(logprobs) if work.prompt_logprobs else None,
-            topk_prompt_logprobs=_prompt_tops(tops, work.topk_prompt_logprobs),
-            target_prompt_logprobs_NK=None if wanted is None else _rows(found, wanted.shape[1]),
-            prompt_alternatives=_prompt_rows(drawn, work.prompt_alternatives),
-            num_cached_tokens=first.num_cached,
+            num_cached_tokens=sampling.sequences[0].num_cached,
             spent=self._engine_time.since(sampling.arrival, time.monotonic()),
+            **prompt_scores(sampling.work, sampling.sequences[0].scored),
         )
 
     def _end_sampling(self, sampling: Sampling) -> None:
@@ -714,29 +598,3 @@ def _unlike(logged: Mapping[str, Any], head: Mapping[str, Any]) -> StoreFailed |
         if logged.get(name) != value:
             return StoreFailed(f"an update was logged with {name} {logged.get(name)}, not {value}")
     return None
-
-
-def _prompt_logprobs(parts: list[FloatArray]) -> FloatArray:
-    return np.concatenate([np.array([np.nan], dtype=np.float32), *parts]).astype(np.float32)
-
-
-def _rows(parts: list[FloatArray], width: int) -> FloatArray:
-    """Consecutive rows as one array; a prompt of one token has none."""
-    return np.concatenate([np.zeros((0, width), dtype=np.float32), *parts])
-
-
-def _prompt_rows(parts: list[TopLogprobs], k: int) -> TopLogprobs | None:
-    """Rows for the prompt's tokens after the first."""
-    if not k:
-        return None
-    ids = [np.zeros((0, k), dtype=np.int64), *(part.token_ids_NK for part in parts)]
-    return TopLogprobs(np.concatenate(ids), _rows([part.logprobs_NK for part in parts], k))
-
-
-def _prompt_tops(parts: list[TopLogprobs], k: int) -> TopLogprobs | None:
-    """Row 0 is empty: nothing predicts the first token."""
-    rows = _prompt_rows(parts, k)
-    if rows is None:
-        return None
-    ids_NK = np.pad(rows.token_ids_NK, ((1, 0), (0, 0)))
-    return TopLogprobs(ids_NK, np.pad(rows.logprobs_NK, ((1, 0), (0, 0)), constant_values=-np.inf))
