@@ -193,10 +193,16 @@ class UpdateLog:
             with contextlib.suppress(queue.Empty):
                 while True:
                     items.append(self._queue.get_nowait())
-            self._commit([item for item in items if isinstance(item, Append)])
-            for item in items:
-                if isinstance(item, Forget):
-                    self._drop(item)
+            appends = [item for item in items if isinstance(item, Append)]
+            try:
+                self._commit(appends)
+                for item in items:
+                    if isinstance(item, Forget):
+                        self._drop(item)
+            except Exception as error:  # a thread's edge: those that wait must hear
+                self._fail(error)
+                for each in appends:
+                    self._call(each.then, self._failure)
             if None in items:
                 return
 
@@ -213,7 +219,6 @@ class UpdateLog:
                 self._call(item.then, failed)
             except StoreFailed as error:
                 self._call(item.then, error)
-        self._num_unsynced += len(written)
         if self._num_unsynced >= self._sync_every:
             self._sync()
         for item, logged in written:
@@ -229,6 +234,7 @@ class UpdateLog:
             self._sync()
             self._begin_segment(self._number + 1)
         frame = _append_frame(self._file, self._sizes[self._path], item.head, item.body)
+        self._num_unsynced += 1
         with self._guard:
             self._sizes[self._path] = frame.end
         return Logged(self._path, frame, is_whole=True)
@@ -239,16 +245,19 @@ class UpdateLog:
         try:
             os.fdatasync(self._file)
         except OSError as error:
-            self._failure = StoreFailed(
-                f"the journal in {self._folder} could not be synced: {error}. No update is "
-                "acknowledged until the disk is mended and the service started again"
-            )
-            log.error("journal_sync_failed", folder=str(self._folder), exc_info=error)
+            self._fail(error)
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._synced_bytes)
             return
         self._num_unsynced = 0
         self._synced_bytes = self._sizes[self._path]
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = StoreFailed(
+            f"the journal in {self._folder} could not be synced: {error}. No update is "
+            "acknowledged until the disk is mended and the service started again"
+        )
+        log.error("journal_failed", folder=str(self._folder), exc_info=error)
 
     def _call(self, then: Then, error: Exception | None) -> None:
         self._post(lambda: then(error))
@@ -270,22 +279,31 @@ class UpdateLog:
     # -- files ------------------------------------------------------------------------------------
 
     def _begin_segment(self, number: int) -> None:
-        self._number = number
+        """Go on in a new file. Raises OSError, and goes on in the old one."""
+        path = self._folder / f"{self._epoch:08}-{number:06}{SUFFIX}"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        try:
+            head = {"format": FORMAT, "base": self._base, "epoch": self._epoch}
+            frame = _append_frame(file, 0, head, memoryview(b""))
+            os.fdatasync(file)
+            sync_folder(self._folder)
+        except OSError:
+            os.close(file)
+            path.unlink(missing_ok=True)
+            raise
         if number:
             os.close(self._file)
-        self._path = self._folder / f"{self._epoch:08}-{number:06}{SUFFIX}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-        self._file = os.open(self._path, flags, 0o600)
-        head = {"format": FORMAT, "base": self._base, "epoch": self._epoch}
-        frame = _append_frame(self._file, 0, head, memoryview(b""))
-        os.fdatasync(self._file)
-        sync_folder(self._folder)
+        self._path, self._file, self._number = path, file, number
         with self._guard:
-            self._sizes[self._path] = self._synced_bytes = frame.end
+            self._sizes[path] = self._synced_bytes = frame.end
 
     def _read_all(self) -> int:
         """Take in the files of earlier workers; the highest epoch among them."""
         paths = segments(self._folder)
+        for path in paths[-1:]:
+            # A worker that was killed may have left there what only the system holds; what is made
+            # again from it will be acknowledged.
+            _sync_file(path)
         for path in paths:
             frames = Segment.read(path, with_bodies=path == paths[-1])
             if frames.base not in (None, self._base):
@@ -346,6 +364,14 @@ def _append_frame(file: int, offset: int, head: dict[str, Any], body: memoryview
         os.ftruncate(file, offset)
         raise
     return Frame(head, offset, offset + len(start), body.nbytes, start[16:32])
+
+
+def _sync_file(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(file)
+    finally:
+        os.close(file)
 
 
 def _locked(folder: Path) -> int:

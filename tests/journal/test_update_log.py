@@ -4,6 +4,7 @@ import errno
 import os
 import queue
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -197,6 +198,76 @@ def test_updates_that_come_while_it_syncs_share_the_next_sync(folder, monkeypatc
     may_go_on.put(None)
     assert [writer.said.get(timeout=10) for _ in range(7)] == [None] * 7
     assert num_syncs == 2
+    writer.log.close()
+
+
+class Synced:
+    """How much of each file was on disk at its last sync."""
+
+    def __init__(self, monkeypatch):
+        self.sizes, sync_now = {}, os.fdatasync
+
+        def noted(file):
+            sync_now(file)
+            self.sizes[str(Path(f"/proc/self/fd/{file}").readlink())] = os.fstat(file).st_size
+
+        monkeypatch.setattr(update_log.os, "fdatasync", noted)
+
+    def check(self, folder):
+        """Every byte of every file was synced."""
+        found = {str(path): path.stat().st_size for path in segments(folder)}
+        assert found == {path: self.sizes[path] for path in found}
+
+
+def test_a_group_that_goes_over_into_a_new_file_is_synced_in_both(folder, monkeypatch):
+    monkeypatch.setattr(update_log, "SEGMENT_BYTES", 2000)
+    writer, synced = Writer(folder), Synced(monkeypatch)
+    for seq in range(1, 30):
+        writer.start(RUN, seq, bytes(300))
+    assert [writer.said.get(timeout=10) for _ in range(29)] == [None] * 29
+    assert len(segments(folder)) > 3
+    synced.check(folder)
+    writer.log.close()
+
+
+def test_what_a_killed_worker_left_to_the_system_is_synced_before_it_is_used(folder, monkeypatch):
+    writer = Writer(folder, sync_every=1000)
+    assert writer.append(RUN, 1, b"one") is None
+    writer.log.close()
+    synced = Synced(monkeypatch)
+    log = UpdateLog(folder, BASE, lambda call: call())
+    synced.check(folder)
+    log.close()
+
+
+def test_a_new_file_that_can_not_be_begun_fails_one_update(folder, monkeypatch):
+    monkeypatch.setattr(update_log, "SEGMENT_BYTES", 300)
+    writer = Writer(folder)
+    assert writer.append(RUN, 1, bytes(300)) is None
+
+    def no_more_files(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update_log, "sync_folder", no_more_files)
+        assert "No space left" in writer.append(RUN, 2, b"two").message
+    assert len(segments(folder)) == 1
+    assert writer.append(RUN, 3, b"three") is None
+    writer.log.close()
+    assert found(folder) == {(RUN, 1): bytes(300), (RUN, 3): b"three"}
+
+
+def test_an_error_that_nobody_expected_is_told_to_who_waits(folder, monkeypatch):
+    writer = Writer(folder)
+
+    def broken(*arguments):
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update_log, "_append_frame", broken)
+        assert "a bug" in writer.append(RUN, 1, b"one").message
+    assert not writer.log.is_sound
+    assert "a bug" in writer.append(RUN, 2, b"two").message
     writer.log.close()
 
 
