@@ -106,7 +106,7 @@ class Checkpoints:
             return
         raise Conflict(f"checkpoint {path} exists; choose another name, or send overwrite=true")
 
-    async def _save(self, run: LiveRun, _seq: int, order: SaveOrder) -> object:
+    async def _save(self, run: LiveRun, seq: int, order: SaveOrder) -> object:
         command: SaveRun | ExportRun = SaveRun(run.run_id, run.tenant)
         if order.segment != "weights":
             keep = order.segment == "sampler_weights"
@@ -122,7 +122,8 @@ class Checkpoints:
                 order.name,
                 blob,
                 ttl_seconds=order.ttl_seconds,
-                overwrite=order.overwrite,
+                # What has the name is what an earlier try of this request left there.
+                overwrite=order.overwrite or run.pending[seq].is_again,
                 user_metadata=order.user_metadata,
             )
         if order.segment == "sampler_weights":

@@ -97,6 +97,8 @@ class Pending:
     future: ResultFuture
     num_losses: int = 0
     """Workers that died while they had it."""
+    is_again: bool = False
+    """It may have been done before, in part or whole, and nobody heard of it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -394,6 +396,7 @@ class Training:
         is_sent = self._workers.by_digest(run.base.digest).alive
         result, error = await outcome_of(perform(run, seq, pending.order), pending.future)
         pending.num_losses += is_sent and isinstance(error, WorkerLost)
+        pending.is_again |= isinstance(error, WorkerLost)
         if not isinstance(error, WorkerLost) or pending.num_losses == MOST_LOSSES:
             await self._end(run, seq, pending, result, error)
 
@@ -509,7 +512,8 @@ class Training:
             for row in rows:
                 if row.status == "accepted":
                     assert row.body is not None
-                    pending[row.seq] = Pending(CODEC.decode(row.body), self._restored(row))
+                    order = CODEC.decode(row.body)
+                    pending[row.seq] = Pending(order, self._restored(row), is_again=True)
                 elif row.outcome is not None:
                     outcome = CODEC.decode(row.outcome)
                     failed = isinstance(outcome, Failure)
