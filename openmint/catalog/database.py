@@ -29,7 +29,7 @@ PRAGMAS = (
     "synchronous=FULL",
     "busy_timeout=5000",
     "foreign_keys=ON",
-    "cache_size=-65536",
+    "cache_size=-16384",
     "mmap_size=0",
     # SQLite before 3.51.3 may corrupt the log when one connection checkpoints while another
     # writes. So none does by itself: a catalogue does, between writes of its own (`_maintain`), and

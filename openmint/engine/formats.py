@@ -73,7 +73,10 @@ def encode_training(snapshot: RunSnapshot, base: BaseInfo) -> bytes:
         "spec": json.dumps(asdict(snapshot.spec), sort_keys=True),
         "num_optim_steps": str(state.num_optim_steps),
     }
-    tensors = {name: ("F32", tuple(each.shape), _raw(each)) for name, each in vectors.items()}
+    tensors = {
+        name: ("F32", tuple(each.shape), memoryview(each.cpu().numpy().data).cast("B"))
+        for name, each in vectors.items()
+    }
     return encode_safetensors(tensors, metadata)
 
 

@@ -93,10 +93,11 @@ class Lane:
                 await asyncio.wait(self._running)
                 continue
             heapq.heappop(self._held)
-            self.next_seq = max(self.next_seq, held.seq + 1)
             task = asyncio.create_task(held.job())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
+            await asyncio.sleep(0)  # in which the job takes its first step
+            self.next_seq = max(self.next_seq, held.seq + 1)
             if held.barrier:
                 await asyncio.wait({task})
 

@@ -27,7 +27,7 @@ FOREIGN = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b
 but then the rest of the length is zero."""
 
 
-TensorBytes = tuple[str, tuple[int, ...], bytes]
+TensorBytes = tuple[str, tuple[int, ...], bytes | memoryview]
 """dtype, shape and raw bytes of one tensor."""
 
 

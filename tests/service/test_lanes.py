@@ -100,6 +100,26 @@ def test_a_stopped_lane_sends_nothing_more_and_what_runs_can_be_waited_for():
     run(scenario())
 
 
+def test_nothing_counts_as_sent_before_its_job_took_its_first_step():
+    async def scenario():
+        sender, seen = Sender(), []
+
+        async def job():
+            seen.append(sender.lane.sent_seq)
+
+        async def look():
+            while len(seen) < 3:
+                assert sender.lane.sent_seq <= len(seen)
+                await asyncio.sleep(0)
+
+        for seq in (1, 2, 3):
+            sender.lane.submit(seq, job)
+        await look()
+        assert seen == [0, 1, 2]
+
+    run(scenario())
+
+
 def test_a_successor_goes_on_from_where_it_is_told_and_knows_what_was_refused():
     async def scenario():
         sender = Sender(gap_seconds=60)
