@@ -43,6 +43,8 @@ class Lane:
         self._refused = set(refused)
         self._held: list[Held] = []
         self._changed = asyncio.Event()
+        self._starting: list[int] = []
+        """The request whose job exists and has not taken its first step."""
         self._running: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._is_stopped = False
@@ -50,8 +52,10 @@ class Lane:
     @property
     def sent_seq(self) -> int:
         """Everything up to it was sent, and nothing after it."""
-        held = self._held[0].seq if self._held else self.next_seq
-        return min(held, self.next_seq) - 1
+        unsent = [self.next_seq, *self._starting]
+        if self._held:
+            unsent.append(self._held[0].seq)
+        return min(unsent) - 1
 
     def submit(self, seq: int, job: Job, *, barrier: bool = False) -> None:
         """Queue a job. Nothing comes of it once the lane was stopped.
@@ -93,10 +97,13 @@ class Lane:
                 await asyncio.wait(self._running)
                 continue
             heapq.heappop(self._held)
+            self._starting = [held.seq]
             task = asyncio.create_task(held.job())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
-            await asyncio.sleep(0)  # in which the job takes its first step
+            # The loop runs what is ready in order: the job's first step, then at once this.
+            await asyncio.sleep(0)
+            self._starting = []
             self.next_seq = max(self.next_seq, held.seq + 1)
             if held.barrier:
                 await asyncio.wait({task})

@@ -120,6 +120,29 @@ def test_nothing_counts_as_sent_before_its_job_took_its_first_step():
     run(scenario())
 
 
+def test_nor_does_it_in_a_lane_that_goes_over_what_was_sent_to_another_worker():
+    async def scenario():
+        lane, seen = Lane("run", 1, 5.0).successor(100), []
+
+        def job_of(seq):
+            async def job():
+                assert lane.sent_seq < seq
+                seen.append(seq)
+
+            return job
+
+        for seq in (3, 7, 8):
+            lane.submit(seq, job_of(seq))
+        while len(seen) < 3:
+            sent = [seq for seq in (3, 7, 8) if seq <= lane.sent_seq]
+            assert sent == seen[: len(sent)]
+            await asyncio.sleep(0)
+        await lane.wait_running()
+        assert lane.sent_seq == 99
+
+    run(scenario())
+
+
 def test_a_successor_goes_on_from_where_it_is_told_and_knows_what_was_refused():
     async def scenario():
         sender = Sender(gap_seconds=60)
