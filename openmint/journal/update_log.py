@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import queue
 import threading
@@ -18,14 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from openmint.errors import StoreFailed
 from openmint.journal.frames import Damage, Frame, frame_start, is_whole, read_body, read_frames
 from openmint.store.folders import sync_folder
 from openmint.types import Digest, RunId
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 FORMAT = "openmint-journal/1"
 SUFFIX = ".redo"
@@ -257,7 +256,7 @@ class UpdateLog:
             f"the journal in {self._folder} could not be synced: {error}. No update is "
             "acknowledged until the disk is mended and the service started again"
         )
-        log.error("journal_failed", folder=str(self._folder), exc_info=error)
+        log.error("the journal in %s failed", self._folder, exc_info=error)
 
     def _call(self, then: Then, error: Exception | None) -> None:
         self._post(lambda: then(error))
@@ -309,8 +308,12 @@ class UpdateLog:
             if frames.base not in (None, self._base):
                 raise StoreFailed(f"{path} belongs to base {frames.base}, not {self._base}")
             for damage in frames.damages:
-                level = log.warning if damage.is_tail else log.error
-                level("journal_damage", path=str(path), offset=damage.offset, tail=damage.is_tail)
+                level, what = (
+                    (logging.WARNING, "a torn end")
+                    if damage.is_tail
+                    else (logging.ERROR, "damage in the middle")
+                )
+                log.log(level, "%s of %s at byte %d", what, path, damage.offset)
             for frame in frames.updates:
                 whole = frame.offset not in frames.bad_bodies
                 logged = Logged(path, frame, whole)
