@@ -42,6 +42,7 @@ from openmint.scheduler.seams import (
 )
 from openmint.scheduler.sequences import DecodeText, Sequence
 from openmint.scheduler.work import (
+    LAST_SEQ,
     Cancel,
     CreateRun,
     Delta,
@@ -79,8 +80,6 @@ log = logging.getLogger(__name__)
 
 OPTIMIZER = "adamw/1"
 """What a logged gradient was applied by; another one would make another state of it."""
-LAST_SEQ = 1 << 62
-"""Above every request of a run."""
 
 
 @dataclass(eq=False)

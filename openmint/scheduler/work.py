@@ -27,6 +27,9 @@ from openmint.types import (
     TopLogprobs,
 )
 
+LAST_SEQ = 1 << 62
+"""Above every request of a run."""
+
 # -- training: one lane per run, in order ---------------------------------------------------------
 
 

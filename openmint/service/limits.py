@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Quota
@@ -32,10 +32,6 @@ class Bucket:
     level: float
     filled_at_seconds: float
 
-    @classmethod
-    def full(cls, per_minute: int, now_seconds: float) -> Bucket:
-        return cls(per_minute, float(per_minute), now_seconds)
-
     def seconds_until(self, level: float, now_seconds: float) -> float:
         """How long until it holds so much; 0 when it does."""
         grown = (now_seconds - self.filled_at_seconds) * self.per_minute / 60.0
@@ -44,27 +40,14 @@ class Bucket:
         return max(0.0, (level - self.level) * 60.0 / self.per_minute)
 
 
-@dataclass(slots=True)
-class Account:
-    """A tenant's quota and what is left of it."""
-
-    quota: Quota
-    buckets: dict[str, Bucket] = field(default_factory=dict)
-
-    def bucket(self, what: str, per_minute: int, now_seconds: float) -> Bucket:
-        if what not in self.buckets:
-            self.buckets[what] = Bucket.full(per_minute, now_seconds)
-        return self.buckets[what]
-
-
 class Limits:
-    """The accounts of all tenants."""
+    """The quotas of all tenants, and what is left of them."""
 
     def __init__(self, catalog: Catalog, default: Quota) -> None:
         self._catalog, self._default = catalog, default
         self._resident: Resident = lambda tenant: (0, set())
         self._own = catalog.quotas()
-        self._accounts: dict[Tenant, Account] = {}
+        self._buckets: dict[tuple[Tenant, str], Bucket] = {}
 
     def count_resident_by(self, resident: Resident) -> None:
         """Have `resident` say what a tenant has resident."""
@@ -78,7 +61,8 @@ class Limits:
         """Holds from the next request on; durable on return."""
         await asyncio.to_thread(self._catalog.set_quota, tenant, quota, actor=actor)
         self._own = self._catalog.quotas()
-        self._accounts.pop(tenant, None)
+        for what in ("requests", "tokens"):
+            self._buckets.pop((tenant, what), None)
 
     def take_request(self, tenant: Tenant) -> None:
         """Count a request. Raises LimitReached."""
@@ -92,7 +76,7 @@ class Limits:
         """Count tokens that were used."""
         if per_minute := self.quota(tenant).tokens_per_minute:
             now = time.monotonic()
-            bucket = self._account(tenant).bucket("tokens", per_minute, now)
+            bucket = self._bucket(tenant, "tokens", per_minute, now)
             bucket.seconds_until(0.0, now)
             bucket.level -= num_tokens
 
@@ -128,14 +112,15 @@ class Limits:
                 STORE_RETRY_SECONDS,
             )
 
-    def _account(self, tenant: Tenant) -> Account:
-        return self._accounts.setdefault(tenant, Account(self.quota(tenant)))
+    def _bucket(self, tenant: Tenant, what: str, per_minute: int, now_seconds: float) -> Bucket:
+        full = Bucket(per_minute, float(per_minute), now_seconds)
+        return self._buckets.setdefault((tenant, what), full)
 
     def _check(self, tenant: Tenant, what: str, per_minute: int | None, take: int) -> None:
         if not per_minute:
             return
         now = time.monotonic()
-        bucket = self._account(tenant).bucket(what, per_minute, now)
+        bucket = self._bucket(tenant, what, per_minute, now)
         # Tokens are counted afterwards, so something above zero is enough to begin.
         wait_seconds = bucket.seconds_until(take or 1e-9, now)
         if wait_seconds > 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 
 from openmint.catalog.catalog import Catalog
@@ -17,6 +16,8 @@ from openmint.scheduler.work import SampleResult, SampleWork
 from openmint.service.limits import Limits
 from openmint.types import Tenant
 
+Key = tuple[Tenant, str, datetime]
+"""Who used which base in which hour."""
 OURS = Tenant("")
 """Whom our own probes work for; nobody pays for them."""
 
@@ -26,7 +27,7 @@ class Meter:
 
     def __init__(self, catalog: Catalog, limits: Limits) -> None:
         self._catalog, self._limits = catalog, limits
-        self._hours: dict[tuple[Tenant, str, datetime], UsageHour] = {}
+        self._hours: dict[Key, dict[str, float]] = {}
 
     def trained(self, tenant: Tenant, base: str, num_tokens: int) -> None:
         """A pass over so many tokens has its result."""
@@ -53,35 +54,24 @@ class Meter:
             self._add(tenant, base, engine_seconds=more)
 
     def _add(self, tenant: Tenant, base: str, **counts: float) -> None:
-        if tenant == OURS:
-            return
-        hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-        key = (tenant, base, hour)
-        known = self._hours.get(key) or UsageHour(tenant, base, hour)
-        sums = {name: getattr(known, name) + more for name, more in counts.items()}
-        self._hours[key] = replace(known, **sums)
+        if tenant != OURS:
+            hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+            self._add_to((tenant, base, hour), counts)
+
+    def _add_to(self, key: Key, counts: Mapping[str, float]) -> None:
+        sums = self._hours.setdefault(key, {})
+        for name, more in counts.items():
+            sums[name] = sums.get(name, 0) + more
 
     async def flush(self) -> None:
         """Write what was added; kept for the next time when the catalogue can't be written."""
         hours, self._hours = self._hours, {}
         if not hours:
             return
+        rows = [UsageHour(*key, **counts) for key, counts in hours.items()]  # type: ignore[arg-type]
         try:
-            await asyncio.to_thread(self._catalog.add_usage, list(hours.values()))
+            await asyncio.to_thread(self._catalog.add_usage, rows)
         except BaseException:
-            for (tenant, base, hour), lost in hours.items():
-                known = self._hours.get((tenant, base, hour)) or UsageHour(tenant, base, hour)
-                self._hours[tenant, base, hour] = _sum(known, lost)
+            for key, counts in hours.items():
+                self._add_to(key, counts)
             raise
-
-
-def _sum(one: UsageHour, other: UsageHour) -> UsageHour:
-    return replace(
-        one,
-        trained_tokens=one.trained_tokens + other.trained_tokens,
-        prompt_tokens=one.prompt_tokens + other.prompt_tokens,
-        cached_tokens=one.cached_tokens + other.cached_tokens,
-        sampled_tokens=one.sampled_tokens + other.sampled_tokens,
-        checkpoints=one.checkpoints + other.checkpoints,
-        engine_seconds=one.engine_seconds + other.engine_seconds,
-    )

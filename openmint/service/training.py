@@ -36,6 +36,7 @@ from openmint.errors import (
     WorkerLost,
 )
 from openmint.scheduler.work import (
+    LAST_SEQ,
     CreateRun,
     DropRun,
     OptimResult,
@@ -79,8 +80,6 @@ from openmint.types import (
 log = structlog.get_logger(__name__)
 
 SESSION_ENDED = "the session ended before this request was done"
-LAST_SEQ = 1 << 62
-"""Above every request of a run."""
 LARGE_BYTES = 1 << 16
 """Orders above it are encoded off the event loop."""
 
