@@ -14,8 +14,9 @@ from pathlib import Path
 
 from benchmarks.house import PATIENT, Patience, Report, lines_table
 from benchmarks.machine import commit, load_average, machine_facts, today
-from benchmarks.processes import Stage
+from benchmarks.processes import BASES, Stage
 from benchmarks.writing import RESULTS, Circumstances, write
+from openmint.models.embedded import embedded_base
 
 QUESTIONS = (
     "training",
@@ -34,6 +35,7 @@ QUESTIONS = (
 def run(question: str, given: argparse.Namespace) -> Report:
     """Answer one question and write its result."""
     module = importlib.import_module(f"benchmarks.{question}")
+    embedded_base(BASES)  # converted before anything is timed, and before folders point to it
     load_before, commit_before = load_average(), commit()
     with Stage(not given.no_rivals, Patience.waiting(given.patience)) as stage:
         report: Report = module.ask(stage, given.repeats)
