@@ -145,7 +145,9 @@ class Checkpoints:
         """
         order = SamplerOrder(sampling_seq, inflight)
         kind = SAVES["sampler_weights"]
-        return self._training.submit(run, seq, kind, fingerprint(order), order)
+        # Without its number: the SDK draws a new one each time that it sends the request again.
+        content = fingerprint("sampler", inflight)
+        return self._training.submit(run, seq, kind, content, order)
 
     async def _open_sampler(self, run: LiveRun, _seq: int, order: SamplerOrder) -> object:
         sampler_id = f"{run.session_id}:sample:{order.sampling_seq}"

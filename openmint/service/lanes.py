@@ -47,7 +47,8 @@ class Lane:
         """The request whose job exists and has not taken its first step."""
         self._running: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
-        self._is_stopped = False
+        self.is_stopped = False
+        """Nothing more is sent."""
 
     @property
     def sent_seq(self) -> int:
@@ -66,7 +67,7 @@ class Lane:
         overdue = time.monotonic() + self._gap_seconds
         heapq.heappush(self._held, Held(seq, overdue, job, barrier))
         self._changed.set()
-        if self._task is None and not self._is_stopped:
+        if self._task is None and not self.is_stopped:
             self._task = asyncio.create_task(self._send_in_order(), name=f"lane:{self._name}")
 
     def refuse(self, seq: int | None) -> None:
@@ -77,7 +78,7 @@ class Lane:
 
     def stop(self) -> None:
         """Send nothing more."""
-        self._is_stopped = True
+        self.is_stopped = True
         if self._task is not None:
             self._task.cancel()
 

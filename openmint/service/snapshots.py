@@ -74,7 +74,12 @@ class Snapshots:
         return max(1, max(beside))
 
     async def save(self, run: LiveRun) -> None:
-        """Save the run's state after what was sent so far, then forget what led to it."""
+        """Save the run's state after what was sent so far, then forget what led to it.
+
+        A run that a new worker has not begun to rebuild is left for later.
+        """
+        if run.lane.is_stopped:
+            return
         seq = run.lane.sent_seq
         with self._collector.saving():
             # Its first step sends the command, so nothing comes between.

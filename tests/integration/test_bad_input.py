@@ -277,6 +277,17 @@ def test_same_seq_id_with_another_body_is_422_and_with_the_same_the_same_future(
     client.assert_run_works()
 
 
+def test_a_sampler_save_that_is_sent_again_may_have_drawn_another_number(client):
+    """As the SDK's does after a connection was lost."""
+    body = client.of_run(sampling_session_seq_id=7, kind="snapshot")
+    first = client.post("/save_weights_for_sampler", body)
+    again = client.post("/save_weights_for_sampler", {**body, "sampling_session_seq_id": 8})
+    assert again.json()["request_id"] == first.json()["request_id"]
+    assert client.result(again)["sampling_session_id"] == f"{client.session}:sample:7"
+    changed = {**body, "kind": "inflight"}
+    assert_refused(client.post("/save_weights_for_sampler", changed), 422, str(body["seq_id"]))
+
+
 def test_a_taken_checkpoint_name(client):
     assert "path" in client.result(client.post("/save_weights", client.of_run(path="taken")))
     assert_refused(client.post("/save_weights", client.of_run(path="taken")), 422, "overwrite")
