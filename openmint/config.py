@@ -37,8 +37,19 @@ class WorkerConfig:
     """Largest LoRA rank that is admitted."""
     training_bytes: int = 2048 * MIB
     """Memory for training sessions: fp32 weights, gradients and Adam moments."""
+    host_bytes: int = 512 * MIB
+    """Host memory for revisions that were read from the store; the one whose absence is likely to
+    cost least leaves first."""
     serving_bytes: int = 512 * MIB
-    """Memory for resident revisions; the least recently used leaves first."""
+    """Memory for revisions laid out for the engine, its slots; those that find no place take
+    turns."""
+    parallel_loads: int = 2
+    """Revisions that are read from the store at once."""
+    waiting_loads: int = 4096
+    """Most revisions that wait to be read; what would be one more is refused with 503."""
+    load_deadline_seconds: float = 60.0
+    """How long a sample that names no other time may wait for its revision to be in memory. It is
+    refused with 503 at once when loads measured so far say that it would be longer."""
     kv_cache_bytes: int = 384 * MIB
     """Memory for paged keys and values."""
     page_tokens: int = 16
@@ -61,6 +72,7 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         _at_least("worker.threads", self.threads, 0)
         _at_least("worker.max_rank", self.max_rank, 1)
+        _at_least("worker.parallel_loads", self.parallel_loads, 1)
         _at_least("worker.page_tokens", self.page_tokens, 1)
         _at_least("worker.step_tokens", self.step_tokens, 1)
         _at_least("worker.running_sequences", self.running_sequences, 1)

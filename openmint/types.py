@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal, NewType
 
 import numpy as np
@@ -24,6 +25,14 @@ FloatArray = npt.NDArray[np.float32]
 AnyArray = npt.NDArray[Any]
 
 TargetGroup = Literal["attn", "mlp", "unembed"]
+
+
+class Priority(IntEnum):
+    """Whose load goes first; within one, the earlier deadline."""
+
+    INTERACTIVE = 0
+    BATCH = 1
+    PREFETCH = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class Engine:
         size = (shape.num_layers, self.num_pages, config.page_tokens)
         heads = (shape.num_kv_heads, shape.head_dim)
         cache: KVCache | TiledCache
+        self._is_tiled = model.is_tiled
         if model.is_tiled and config.page_tokens % BLOCK == 0:
             cache = TiledCache(*size, *heads)
         else:
@@ -164,6 +165,7 @@ class Engine:
     def score(self, weights: AdapterWeights, tokens_T: IntArray) -> tuple[FloatArray, bool]:
         """Log-probabilities of the tokens after the first, as a training run with these weights
         would compute them; and whether every B is zero."""
+        weights = AdapterWeights(weights.layout, weights.flat_P.to(self.base.device))
         run = self.runs.passing(weights)
         ones_T = np.ones(len(tokens_T) - 1, np.float32)
         datum = Datum(tokens_T[:-1], {"target_tokens": tokens_T[1:], "weights": ones_T})
@@ -175,13 +177,18 @@ class Engine:
 
     # -- serving ----------------------------------------------------------------------------------
 
+    def slot_bytes(self, weights: AdapterWeights) -> int:
+        """What a serving slot of these weights takes beside their vector in host memory."""
+        return weights.tiles_bytes if self._is_tiled else weights.num_bytes
+
     def attach(self, revision: Digest, weights: AdapterWeights) -> None:
         """Put weights into a serving slot under their revision's name.
 
         An update replaces a run's weight vector and never writes into it, so a slot may share the
         vector that was exported.
         """
-        self._slots[revision] = AdapterWeights(weights.layout, weights.flat_P, revision)
+        flat_P = weights.flat_P.to(self.base.device)
+        self._slots[revision] = AdapterWeights(weights.layout, flat_P, revision)
 
     def detach(self, revision: Digest) -> None:
         del self._slots[revision]

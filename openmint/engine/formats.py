@@ -45,7 +45,10 @@ def encode_revision(weights: AdapterWeights, base: BaseInfo) -> bytes:
 def decode_revision(
     data: bytes, base: BaseInfo, dtype: torch.dtype, revision: Digest
 ) -> AdapterWeights:
-    """Weights from an adapter file. Raises InvalidRequest with the list of what doesn't match."""
+    """Weights in host memory from an adapter file.
+
+    Raises InvalidRequest with the list of what doesn't match.
+    """
     spec = check_adapter(data, base).spec
     layout = AdapterLayout(spec, base.targets_of(spec))
     flat_P = torch.empty(layout.num_params, dtype=dtype)
@@ -53,7 +56,7 @@ def decode_revision(
     for path, (a_RI, b_RO) in layout.views(flat_P).items():
         a_RI.copy_(tensors[f"{PREFIX}{path}.lora_A.weight"])
         b_RO.copy_(tensors[f"{PREFIX}{path}.lora_B.weight"].t())
-    return AdapterWeights(layout, flat_P.to(base.device), revision)
+    return AdapterWeights(layout, flat_P, revision)
 
 
 def encode_training(snapshot: RunSnapshot, base: BaseInfo) -> bytes:
@@ -140,4 +143,6 @@ class AdapterArchive:
     def load_as_training(self, revision: Digest) -> RunSnapshot:
         """A revision's weights as the start of a training session."""
         weights = decode_revision(self._blobs.get(revision), self._base, torch.float32, revision)
-        return RunSnapshot(weights.spec, AdamState.fresh(weights.flat_P), None)
+        return RunSnapshot(
+            weights.spec, AdamState.fresh(weights.flat_P.to(self._base.device)), None
+        )

@@ -73,6 +73,11 @@ class Chunk:
 class SampleBatch:
     chunks: tuple[Chunk, ...]
 
+    @property
+    def revisions(self) -> list[Digest]:
+        """Each one that it uses, once."""
+        return list(dict.fromkeys(c.revision for c in self.chunks if c.revision is not None))
+
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:

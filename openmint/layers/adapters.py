@@ -27,7 +27,6 @@ from torch import Tensor
 from openmint.kernels import linear as tiled
 from openmint.kernels.adapter_tiles import Direction, Plan, Target, lay_out, padded, plan
 from openmint.kernels.choice import use_triton
-from openmint.kernels.tile import IS_AVAILABLE
 from openmint.types import Digest, IntArray, LoraSpec, TargetGroup, TargetModule
 
 if TYPE_CHECKING:
@@ -121,10 +120,19 @@ class AdapterWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Its vector, and its tiles of the forward pass where sampling lays them out."""
-        is_tiled = self.flat_P.device.type == "cpu" and self.flat_P.dtype == torch.bfloat16
-        rows = self.spec.rank + (padded(self.spec.rank) if is_tiled and IS_AVAILABLE else 0)
-        return self.flat_P.nbytes * rows // self.spec.rank
+        """Of its vector."""
+        return self.flat_P.nbytes
+
+    @property
+    def tiles_bytes(self) -> int:
+        """Of its tiles of the forward pass, once they are laid out."""
+        return self.flat_P.nbytes * padded(self.spec.rank) // self.spec.rank
+
+    def on_host(self) -> AdapterWeights:
+        """The same in host memory, where they may be already."""
+        if self.flat_P.device.type == "cpu":
+            return self
+        return AdapterWeights(self.layout, self.flat_P.cpu(), self.revision)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,9 @@ WORKER_GAUGES: tuple[tuple[str, str, str], ...] = (
     ),
     ("openmint_training_waiting", "num_waiting_train", "Training commands that wait."),
     ("openmint_training_runs", "num_training_runs", "Training runs in the worker's memory."),
-    ("openmint_resident_revisions", "num_resident_revisions", "Revisions in serving slots."),
+    ("openmint_resident_revisions", "num_resident_revisions", "Revisions in host memory."),
+    ("openmint_slots", "num_slots", "Revisions in serving slots."),
+    ("openmint_waiting_loads", "num_waiting_loads", "Revisions that wait to be loaded."),
     ("openmint_kv_pages", "kv_pages_total", "Pages of the KV cache."),
     ("openmint_kv_pages_used", "kv_pages_used", "Pages of the KV cache in use."),
     ("openmint_journal_bytes", "journal_bytes", "Logged gradients since the runs' snapshots."),
@@ -50,7 +52,13 @@ WORKER_COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("openmint_trained_tokens", "trained_tokens", "Tokens that went forward and backward."),
     ("openmint_optim_steps", "optim_steps", "Optimizer steps done."),
     ("openmint_revision_loads", "revision_loads", "Revisions loaded from the store."),
-    ("openmint_revision_evictions", "revision_evictions", "Revisions that left their slot."),
+    ("openmint_revision_evictions", "revision_evictions", "Revisions that left host memory."),
+    ("openmint_slot_evictions", "slot_evictions", "Revisions that left their slot."),
+    (
+        "openmint_coldload_deadline_missed",
+        "deadlines_missed",
+        "Samples refused because their revision was not in memory in time.",
+    ),
     ("openmint_train_seconds", "train_seconds", "Seconds the engine spent training."),
     ("openmint_serve_seconds", "serve_seconds", "Seconds the engine spent sampling."),
 )
@@ -169,6 +177,7 @@ class WorkerCollector(Collector):
         )
         for name, _, stats in workers:
             tiers.add_metric([name, "training"], stats.training_bytes)
+            tiers.add_metric([name, "host"], stats.host_bytes)
             tiers.add_metric([name, "serving"], stats.serving_bytes)
         yield tiers
         for metric, field, text in WORKER_COUNTERS:

@@ -1,7 +1,7 @@
 """Which tokens of which sequences the next sampling step computes: continuous batching.
 
-Owns the sequences and the page book; knows neither torch nor where adapters come from. A revision
-must be resident before its sequences are admitted.
+Owns the sequences and the page book; knows neither torch nor where adapters come from. A sequence
+takes part in the steps in which its revision has a slot.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from openmint.scheduler.sequences import DecodeText, Sequence
 from openmint.types import Digest, Tenant
 
 IsResident = Callable[[Digest], bool]
+"""Whether a revision is in memory, or in a slot."""
 
 
 class Batcher:
@@ -46,12 +47,30 @@ class Batcher:
         sequence.keys = page_keys(sequence.revision, sequence.tokens, self.page_tokens)
         self.waiting.append(sequence)
 
-    def plan(self, is_resident: IsResident, fairness: TenantClock) -> SampleBatch | None:
-        """The next step, or None when nothing can run. Call `finish` with its outcomes."""
+    def ready(self, is_resident: IsResident, fairness: TenantClock) -> list[Digest]:
+        """Revisions in memory that the next step could use: of those that run, then of as many that
+        wait as there are places, of which some are made for tenants with less than their share."""
         self._make_room(is_resident, fairness)
+        num_places, num_pages = self._max_running - len(self.running), self.pool.num_free
+        could_run = list(self.running)
+        for sequence in fairness.in_order(self.waiting):
+            if sequence.revision is not None and not is_resident(sequence.revision):
+                continue
+            # As `_admit` counts, but for what of it may be in the prefix cache.
+            num_pages -= -(-len(sequence.tokens) // self.page_tokens) + (1 if could_run else 0)
+            if len(could_run) - len(self.running) == num_places or num_pages < 0:
+                break
+            could_run.append(sequence)
+        revisions = [sequence.revision for sequence in could_run]
+        return list(dict.fromkeys(each for each in revisions if each is not None))
+
+    def plan(self, has_slot: IsResident, fairness: TenantClock) -> SampleBatch | None:
+        """The next step, or None when nothing can run. Call `finish` with its outcomes."""
         budget, chunks = self._step_tokens, list[Chunk]()
         started: set[bytes] = set()
         for sequence in list(self.running):
+            if sequence.revision is not None and not has_slot(sequence.revision):
+                continue
             if budget and sequence in self.running and self._grow(sequence):
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].tokens_N)
@@ -62,7 +81,7 @@ class Batcher:
         for sequence in fairness.in_order(self.waiting):
             if not budget or len(self.running) >= self._max_running:
                 break
-            if sequence.revision is not None and not is_resident(sequence.revision):
+            if sequence.revision is not None and not has_slot(sequence.revision):
                 continue
             if started & self._pending_key(sequence):
                 continue  # its prefix is being computed in this very step; share it in the next

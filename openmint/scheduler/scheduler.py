@@ -25,7 +25,6 @@ from openmint.errors import (
     Overloaded,
     StoreFailed,
 )
-from openmint.residency.table import SlotTable
 from openmint.scheduler.batcher import Batcher
 from openmint.scheduler.engine_time import Arrival, EngineTime
 from openmint.scheduler.fairness import PhaseClock, TenantClock
@@ -41,6 +40,7 @@ from openmint.scheduler.seams import (
     Weights,
 )
 from openmint.scheduler.sequences import DecodeText, Sequence
+from openmint.scheduler.tiers import Tiers
 from openmint.scheduler.work import (
     LAST_SEQ,
     Cancel,
@@ -80,6 +80,8 @@ log = logging.getLogger(__name__)
 
 OPTIMIZER = "adamw/1"
 """What a logged gradient was applied by; another one would make another state of it."""
+EXPIRY_SECONDS = 0.25
+"""How often the waiting are looked through for those whose time is over."""
 
 
 @dataclass(eq=False)
@@ -91,6 +93,8 @@ class Sampling:
     unfinished: list[Sequence]
     sequences: list[Sequence]
     arrival: Arrival
+    deadline_at: float
+    """When its revision must be in memory."""
     ran: set[Digest | None] = field(default_factory=set)
 
 
@@ -110,6 +114,7 @@ class Scheduler:
         self._background = background
         self._micro_batch_tokens = config.micro_batch_tokens
         self._all_alone = config.deterministic
+        self._load_seconds = config.load_deadline_seconds
         self._lanes = Lanes()
         self._batcher = Batcher(
             engine.num_pages,
@@ -118,17 +123,16 @@ class Scheduler:
             config.running_sequences,
             decode,
         )
-        self._slots = SlotTable(config.serving_bytes)
-        self._loading: set[Digest] = set()
-        self._landed: dict[Digest, Weights] = {}
+        self._tiers = Tiers(engine, archive, self._in_background, config, self._fail_revision)
         self._sampling: dict[int, Sampling] = {}
         self._next_sequence_id = 0
         self._tenants, self._phases = TenantClock(), PhaseClock()
         self._engine_time = EngineTime()
         self._tenant_seconds: defaultdict[Tenant, float] = defaultdict(float)
         self._num_background = 0
+        self._next_expiry = 0.0
         self._counters = dict.fromkeys(
-            ("prompt", "cached", "generated", "trained", "optim", "loads", "evictions"), 0
+            ("prompt", "cached", "generated", "trained", "optim", "missed"), 0
         )
 
     # -- commands in ------------------------------------------------------------------------------
@@ -172,7 +176,11 @@ class Scheduler:
                 f"prompt of {len(work.prompt_T)} and max_tokens {work.params.max_tokens} make "
                 f"{num_tokens} tokens; this worker holds {limit}. Shorten one of them"
             )
-        sampling = Sampling(work_id, work, [], [], arrival)
+        load_seconds = self._load_seconds if work.load_seconds is None else work.load_seconds
+        deadline_at = arrival.at_seconds + load_seconds
+        if work.revision is not None:
+            self._tiers.want(work.revision, work.priority, deadline_at)
+        sampling = Sampling(work_id, work, [], [], arrival, deadline_at)
         for index in range(work.num_samples):
             self._next_sequence_id += 1
             tokens = [int(token) for token in work.prompt_T]
@@ -182,15 +190,13 @@ class Scheduler:
             self._batcher.add(sequence)
         self._sampling[work_id] = sampling
         self._counters["prompt"] += len(work.prompt_T)
-        if work.revision is not None:
-            self._slots.pin(work.revision)
-            self._want(work.revision)
 
     # -- steps ------------------------------------------------------------------------------------
 
     def step(self) -> bool:
         """Do the next piece of work. False when there is none until a message or a load arrives."""
-        self._land()
+        self._expire()
+        self._tiers.take_in()
         if (entry := self._lanes.next_control()) is not None:
             self._control(entry)
             return True
@@ -198,13 +204,22 @@ class Scheduler:
         if trainable and (self._phases.prefers_training() or not self._sampling):
             self._train()
             return True
-        plan = self._batcher.plan(self._slots.__contains__, self._tenants)
-        if plan is not None:
+        if (plan := self._plan_sampling()) is not None:
             self._sample(plan, trainable)
             return True
         if trainable:
             self._train()
         return trainable
+
+    def _plan_sampling(self) -> SampleBatch | None:
+        """The next sampling step, its revisions in slots. None when nothing can run."""
+        host, slots = self._tiers.host, self._tiers.slots
+        for _ in range(2):  # whoever has a slot may have had to give up its pages
+            self._tiers.fill_slots(self._batcher.ready(host.__contains__, self._tenants))
+            plan = self._batcher.plan(slots.__contains__, self._tenants)
+            if plan is not None or not self._batcher.running:
+                return plan
+        return None
 
     def _train(self) -> None:
         started = time.monotonic()
@@ -278,8 +293,7 @@ class Scheduler:
         finally:
             seconds = self._engine_time.add_step(started, time.monotonic())
             self._phases.charge_serving(seconds, training_waits)
-        for chunk in plan.chunks:
-            self._slots_used(chunk.revision)
+        self._tiers.ran(plan.revisions)
         results = self._batcher.finish(outcomes)
         tokens = Counter[Tenant]()
         for chunk, (sequence, outcome) in zip(plan.chunks, results, strict=True):
@@ -287,10 +301,6 @@ class Scheduler:
             tokens[sequence.tenant] += len(chunk.tokens_N)
             self._advance(sequence, outcome)
         self._share_seconds(seconds, tokens)
-
-    def _slots_used(self, revision: Digest | None) -> None:
-        if revision is not None:
-            self._slots.touch(revision)
 
     def _advance(self, sequence: Sequence, outcome: ChunkOutcome) -> None:
         sampling = self._sampling.get(sequence.work_id)
@@ -338,7 +348,7 @@ class Scheduler:
             if sequence.stop_reason is None:
                 self._batcher.remove(sequence)
         if sampling.work.revision is not None:
-            self._slots.unpin(sampling.work.revision)
+            self._tiers.release(sampling.work.revision)
 
     def _fail_sampling(self, sampling: Sampling, error: OpenMintError) -> None:
         self._end_sampling(sampling)
@@ -436,9 +446,8 @@ class Scheduler:
                 self._answer(entry.work_id, _as_known(error))
                 return
             digest, size_bytes = value
-            if keep is not None and digest not in self._slots and self._fits(keep):
-                self._landed[digest] = keep
-                self._land()
+            if keep is not None:
+                self._tiers.keep(digest, keep.on_host())
             self._answer(entry.work_id, SavedBlob(digest, size_bytes, spec, num_optim_steps))
 
         self._in_background(job, saved)
@@ -474,47 +483,25 @@ class Scheduler:
 
     # -- residency --------------------------------------------------------------------------------
 
-    def _want(self, revision: Digest) -> None:
-        """Start one load of a revision that is neither resident nor on its way."""
-        if revision in self._slots or revision in self._loading or revision in self._landed:
+    def _fail_revision(self, revision: Digest, error: Exception) -> None:
+        """Its load failed: all who wait for it hear why."""
+        for sampling in [s for s in self._sampling.values() if s.work.revision == revision]:
+            self._fail_sampling(sampling, _as_known(error))
+
+    def _expire(self) -> None:
+        """Refuse works whose revision isn't in memory when their time is over."""
+        if (now := time.monotonic()) < self._next_expiry:
             return
-        self._loading.add(revision)
-
-        def loaded(weights: Any, error: Exception | None) -> None:
-            self._loading.discard(revision)
-            if error is None and not self._fits(weights):
-                size, budget = weights.num_bytes, self._slots.budget_bytes
-                error = Overloaded(
-                    f"revision {revision} needs {size} bytes of serving memory, the worker has "
-                    f"{budget}; raise worker.serving_bytes"
-                )
-            if error is None:
-                self._counters["loads"] += 1
-                self._landed[revision] = weights
-                return
-            waiting = [s for s in self._sampling.values() if s.work.revision == revision]
-            for sampling in waiting:
-                self._fail_sampling(sampling, _as_known(error))
-
-        self._in_background(lambda: self._archive.load_revision(revision), loaded)
-
-    def _fits(self, weights: Weights) -> bool:
-        """Whether the weights could be resident at all."""
-        return weights.num_bytes <= self._slots.budget_bytes
-
-    def _land(self) -> None:
-        """Give slots to loaded revisions, as far as pinned ones leave room."""
-        for revision, weights in list(self._landed.items()):
-            leaving = self._slots.room_for(weights.num_bytes)
-            if leaving is None:
-                continue
-            for old in leaving:
-                self._slots.evict(old)
-                self._engine.detach(old)
-                self._counters["evictions"] += 1
-            self._slots.admit(revision, weights.num_bytes)
-            self._engine.attach(revision, weights)
-            del self._landed[revision]
+        self._next_expiry = now + EXPIRY_SECONDS
+        for sampling in list(self._sampling.values()):
+            revision = sampling.work.revision
+            waits = revision is not None and revision not in self._tiers.host
+            if waits and now > sampling.deadline_at:
+                self._counters["missed"] += 1
+                waited = now - sampling.arrival.at_seconds
+                text = f"revision {revision} was not in memory after {waited:.1f} s; ask again"
+                retry_after = max(1.0, self._tiers.loads.mean_seconds)
+                self._fail_sampling(sampling, Overloaded(text, retry_after))
 
     def _in_background(
         self, job: Callable[[], Any], then: Callable[[Any, Exception | None], None]
@@ -547,30 +534,35 @@ class Scheduler:
     # -- gauges -----------------------------------------------------------------------------------
 
     def stats(self) -> WorkerStats:
-        counters, pool = self._counters, self._batcher.pool
+        counters, pool, tiers = self._counters, self._batcher.pool, self._tiers
         return WorkerStats(
             num_running_sequences=len(self._batcher.running),
             num_waiting_sequences=len(self._batcher.waiting),
             num_waiting_train=sum(isinstance(e.command, TrainWork) for e in self._lanes),
             num_training_runs=self._engine.num_runs,
-            num_resident_revisions=len(self._slots),
+            num_resident_revisions=len(tiers.host),
+            num_slots=len(tiers.slots),
+            num_waiting_loads=tiers.loads.num_waiting,
             kv_pages_total=pool.num_pages,
             kv_pages_used=pool.num_used,
             training_bytes=self._engine.training_bytes,
-            serving_bytes=self._slots.used_bytes,
+            host_bytes=tiers.host.used_bytes,
+            serving_bytes=tiers.slots.used_bytes,
             prompt_tokens=counters["prompt"],
             cached_prompt_tokens=counters["cached"],
             generated_tokens=counters["generated"],
             trained_tokens=counters["trained"],
             optim_steps=counters["optim"],
-            revision_loads=counters["loads"],
-            revision_evictions=counters["evictions"],
+            revision_loads=tiers.counters["loads"],
+            revision_evictions=tiers.counters["evictions"],
+            slot_evictions=tiers.counters["slot_evictions"],
+            deadlines_missed=counters["missed"],
             preemptions=self._batcher.num_preemptions,
             journal_bytes=self._updates.num_bytes,
             journal_is_sound=self._updates.is_sound,
             train_seconds=self._phases.train_seconds,
             serve_seconds=self._phases.serve_seconds,
-            resident_revisions=self._slots.resident,
+            resident_revisions=tiers.host.resident,
             tenant_seconds=self._take_tenant_seconds(),
         )
 

@@ -20,6 +20,7 @@ from openmint.types import (
     IntArray,
     LoraSpec,
     LossSpec,
+    Priority,
     RunId,
     SampledSequence,
     SamplingParams,
@@ -176,6 +177,10 @@ class SampleWork:
     """Independent draws at the temperature of `params`, at prompt positions 1.."""
     stream: bool = False
     """Send a SampleDelta after each step that produced tokens, then the SampleResult."""
+    priority: Priority = Priority.INTERACTIVE
+    load_seconds: float | None = None
+    """How long it may wait for its revision to be in memory; None leaves it to the worker. If that
+    is not likely to be enough, or was not, it ends in Overloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,9 +317,13 @@ class WorkerStats:
     num_waiting_train: int = 0
     num_training_runs: int = 0
     num_resident_revisions: int = 0
+    """In host memory; some of them in slots too."""
+    num_slots: int = 0
+    num_waiting_loads: int = 0
     kv_pages_total: int = 0
     kv_pages_used: int = 0
     training_bytes: int = 0
+    host_bytes: int = 0
     serving_bytes: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -323,6 +332,8 @@ class WorkerStats:
     optim_steps: int = 0
     revision_loads: int = 0
     revision_evictions: int = 0
+    slot_evictions: int = 0
+    deadlines_missed: int = 0
     preemptions: int = 0
     journal_bytes: int = 0
     journal_is_sound: bool = True

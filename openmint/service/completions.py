@@ -288,6 +288,8 @@ def _work(
         num_samples=drawing.n,
         topk_sample_logprobs=drawing.num_top_logprobs,
         stream=drawing.stream,
+        priority=drawing.priority,
+        load_seconds=drawing.load_seconds,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from openmint.errors import InvalidRequest
 from openmint.scheduler.work import Spent
+from openmint.types import Priority
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -21,6 +22,14 @@ MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_TEMPERATURE = 2.0
 MAX_MODEL_CHARS = 512
+MAX_LOAD_SECONDS = 3600.0
+SERVICE_TIERS = {
+    "auto": Priority.INTERACTIVE,
+    "default": Priority.INTERACTIVE,
+    "priority": Priority.INTERACTIVE,
+    "flex": Priority.BATCH,
+}
+"""OpenAI's name for how urgent a request is."""
 LOWEST_LOGPROB = -9999.0
 """What JSON shows for minus infinity, as OpenAI does."""
 
@@ -28,11 +37,13 @@ Json = dict[str, Any]
 
 COMMON_FIELDS = frozenset(
     {
+        "load_deadline_seconds",
         "logprobs",
         "max_tokens",
         "model",
         "n",
         "seed",
+        "service_tier",
         "stop",
         "stream",
         "stream_options",
@@ -58,7 +69,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none",),
@@ -88,7 +98,7 @@ class UnsupportedField(InvalidField):
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How the choices of a request are drawn and shown."""
+    """How the choices of a request are drawn and shown, and how long they may wait for that."""
 
     n: int
     seed: int | None
@@ -100,6 +110,9 @@ class Drawing:
     num_top_logprobs: int
     stream: bool
     include_usage: bool
+    priority: Priority = Priority.INTERACTIVE
+    load_seconds: float | None = None
+    """For the revision to be in memory; None leaves it to the worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +244,17 @@ def _drawing(body: Json, max_tokens: int | None, logprobs: bool, num_top: int) -
         num_top_logprobs=num_top,
         stream=stream,
         include_usage=_include_usage(body.get("stream_options"), stream),
+        priority=_priority(body.get("service_tier")),
+        load_seconds=_number(body, "load_deadline_seconds", 0.0, MAX_LOAD_SECONDS),
     )
+
+
+def _priority(tier: Any) -> Priority:
+    if tier is None:
+        return Priority.INTERACTIVE
+    if not isinstance(tier, str) or tier not in SERVICE_TIERS:
+        raise InvalidField("service_tier", f"must be one of {', '.join(SERVICE_TIERS)}")
+    return SERVICE_TIERS[tier]
 
 
 def _refuse_constant(name: str) -> Any:

@@ -187,7 +187,7 @@ def test_an_evicted_revision_is_loaded_again_from_the_store(tmp_path: Path) -> N
     directory = random_model("llama", tmp_path / "base")
     one = Workbench(directory, tmp_path / "store").revision("probe", LoraSpec(8), 0)
     size = Workbench(directory, tmp_path / "store").blobs.size(one)
-    bench = Workbench(directory, tmp_path / "store", serving_bytes=int(1.5 * size))
+    bench = Workbench(directory, tmp_path / "store", host_bytes=int(1.5 * size))
     revisions = [bench.revision(f"r{i}", LoraSpec(8), i, 0.2) for i in range(3)]
     answers = [bench.sample(prompt_of(8), revision).sequences[0].tokens_N for revision in revisions]
     again = [bench.sample(prompt_of(8), revision) for revision in revisions]

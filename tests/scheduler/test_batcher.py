@@ -58,6 +58,7 @@ class Loop:
 
     def step(self) -> SampleBatch | None:
         """One step, or None when nothing could run."""
+        self.batcher.ready(self.resident.__contains__, self.clock)
         batch = self.batcher.plan(self.resident.__contains__, self.clock)
         self.batcher.pool.check_integrity()
         if batch is None:

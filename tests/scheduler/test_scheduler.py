@@ -87,8 +87,9 @@ def assert_at_rest(bench: Workbench) -> None:
     assert (stats.kv_pages_used, stats.num_running_sequences, stats.num_waiting_train) == (0, 0, 0)
     assert stats.num_waiting_sequences == 0
     bench.scheduler._batcher.pool.check_integrity()
-    bench.scheduler._slots.check_integrity()
-    assert not bench.scheduler._slots._pins
+    for tier in (bench.scheduler._tiers.host, bench.scheduler._tiers.slots):
+        tier.check_integrity()
+        assert not tier._pins
 
 
 def state_of(bench: Workbench, run: RunId = RUN) -> tuple[torch.Tensor, ...]:
@@ -144,8 +145,7 @@ def test_a_revision_that_cannot_be_loaded_fails_all_who_wait_for_it(bench: Workb
     missing = digest_of(b"never stored")
     junk = bench.blobs.put(b"not an adapter")
     damaged = bench.revision("s", SPEC, 1)
-    bench.scheduler._slots.evict(damaged)
-    bench.engine.detach(damaged)
+    bench.scheduler._tiers.host.evict(damaged)
     (path,) = bench.blobs._blobs.rglob(damaged.removeprefix("sha256:"))
     path.write_bytes(path.read_bytes()[:-1])
     cases: list[tuple[Digest, type[OpenMintError]]] = [
@@ -178,18 +178,6 @@ def test_a_revision_larger_than_the_serving_memory_is_refused(model: Path, tmp_p
     for _ in range(2):
         with pytest.raises(Overloaded, match=r"serving memory.*raise worker\.serving_bytes"):
             bench.do(sample_work(0, revision))
-    assert_at_rest(bench)
-
-
-def test_revisions_that_do_not_fit_together_take_turns(model: Path, tmp_path: Path) -> None:
-    first = Workbench(model, tmp_path / "store")
-    revisions = [first.revision(f"r{i}", SPEC, i) for i in range(4)]
-    size = first.scheduler.stats().serving_bytes // 4
-    bench = Workbench(model, tmp_path / "store", serving_bytes=int(1.5 * size))
-    ids = [(bench.submit(sample_work(i, r)), r) for i in range(2) for r in revisions]
-    bench.run()
-    for work_id, revision in ids:
-        assert bench.result(work_id).revision == revision
     assert_at_rest(bench)
 
 

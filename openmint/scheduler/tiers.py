@@ -1,0 +1,184 @@
+"""Store, host memory, engine slots: brings revisions to where they are wanted, in time.
+
+Reading, checking and decoding happen in the background, several at once; between two steps the
+engine only takes over what is ready. What has a slot is in host memory too, so a slot is given up
+without loss, and more revisions than there are slots take turns in them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
+
+from openmint.config import WorkerConfig
+from openmint.errors import Overloaded
+from openmint.residency.eviction import LeastRecent, LeastWorth
+from openmint.residency.loads import LoadQueue
+from openmint.residency.tier import Tier
+from openmint.scheduler.seams import Archive, Background, EngineProtocol, Weights
+from openmint.types import Digest, Priority
+
+TURN_STEPS = 16
+"""Steps that a revision keeps its slot while others wait for one. A step at 32 sequences takes ten
+times as long as filling a slot, so turns this long cost under a hundredth."""
+
+
+class Tiers:
+    """What one worker holds of which revision. Called by the scheduler's thread alone."""
+
+    def __init__(
+        self,
+        engine: EngineProtocol,
+        archive: Archive,
+        background: Background,
+        config: WorkerConfig,
+        on_failed: Callable[[Digest, Exception], None],
+    ) -> None:
+        self._engine, self._archive, self._background = engine, archive, background
+        self._on_failed = on_failed
+        self.host = Tier(config.host_bytes, LeastWorth())
+        self.slots = Tier(config.serving_bytes, LeastRecent())
+        self.loads = LoadQueue(config.parallel_loads, config.waiting_loads)
+        self.counters = Counter[str]()
+        self._weights: dict[Digest, Weights] = {}
+        self._landed: dict[Digest, tuple[Weights, float]] = {}
+        self._queue: dict[Digest, None] = {}
+        self._steps_in_slot: Counter[Digest] = Counter()
+
+    # -- who wants what ---------------------------------------------------------------------------
+
+    def want(self, revision: Digest, priority: Priority, deadline_at: float) -> None:
+        """Hold the revision in memory until `release`, loading it if it isn't there.
+
+        Raises Overloaded, with nothing to release, when it can't be there by the deadline.
+        """
+        self.host.use(revision)
+        if not self.is_here(revision):
+            self.loads.want(revision, priority, time.monotonic(), deadline_at)
+        self.host.pin(revision)
+        self._start_loads()
+
+    def release(self, revision: Digest) -> None:
+        """One `want` of the revision is over."""
+        self.host.unpin(revision)
+        if not self.host.is_pinned(revision):
+            self.loads.give_up(revision)
+
+    def keep(self, revision: Digest, weights: Weights) -> None:
+        """Weights that were just exported are likely to be sampled from: keep them, and give them a
+        slot, as far as there is room."""
+        if self.is_here(revision) or self._why_never(revision, weights) is not None:
+            return
+        if self._admit(revision, weights, self.loads.mean_seconds):
+            self._fill_slot(revision, set(self.slots.resident))
+
+    def is_here(self, revision: Digest) -> bool:
+        """Whether it is in host memory, or as good as."""
+        return revision in self.host or revision in self._landed
+
+    # -- before and after a step ------------------------------------------------------------------
+
+    def take_in(self) -> None:
+        """Give host memory to what was loaded, as far as held revisions leave room, and have the
+        next ones loaded. What finds no room holds up loads: memory is bounded."""
+        for revision, (weights, seconds) in list(self._landed.items()):
+            if self._admit(revision, weights, seconds):
+                del self._landed[revision]
+        self._start_loads()
+
+    def fill_slots(self, wanted: Sequence[Digest]) -> None:
+        """`wanted` are the revisions in host memory that could run in the coming step.
+
+        Those without a slot queue for one; it is taken from a revision that isn't wanted, else from
+        one that has had its turn.
+        """
+        missing = [each for each in wanted if each not in self.slots]
+        still = set(missing)
+        self._queue = dict.fromkeys([each for each in self._queue if each in still] + missing)
+        for revision in list(self._queue):
+            if not self._fill_slot(revision, set(wanted)):
+                break
+            del self._queue[revision]
+
+    def ran(self, revisions: Iterable[Digest]) -> None:
+        """A step used these slots."""
+        for revision in revisions:
+            self.slots.use(revision)
+            self._steps_in_slot[revision] += 1
+
+    def _fill_slot(self, revision: Digest, wanted: Container[Digest]) -> bool:
+        """Whether there was room for it."""
+        weights = self._weights[revision]
+        size = self._engine.slot_bytes(weights)
+        leaving = self.slots.room_for(
+            size, lambda each: each in wanted and self._steps_in_slot[each] < TURN_STEPS
+        )
+        if leaving is None:
+            return False
+        for each in leaving:
+            self._empty_slot(each)
+        self.slots.admit(revision, size)
+        self._engine.attach(revision, weights)
+        return True
+
+    def _empty_slot(self, revision: Digest) -> None:
+        self.slots.evict(revision)
+        self._engine.detach(revision)
+        del self._steps_in_slot[revision]
+        self.counters["slot_evictions"] += 1
+
+    # -- host memory ------------------------------------------------------------------------------
+
+    def _start_loads(self) -> None:
+        while not self._landed and (revision := self.loads.start()) is not None:
+            self._load(revision)
+
+    def _load(self, revision: Digest) -> None:
+        def load() -> tuple[Weights, float]:
+            started = time.monotonic()
+            return self._archive.load_revision(revision), time.monotonic() - started
+
+        def loaded(value: Any, error: Exception | None) -> None:
+            if error is None:
+                weights, seconds = value
+                self.counters["loads"] += 1
+                self.loads.end(revision, seconds)
+                self._landed[revision] = value
+                error = self._why_never(revision, weights)
+            else:
+                self.loads.end(revision, None)
+            if error is not None:
+                self._landed.pop(revision, None)
+                self._on_failed(revision, error)
+
+        self._background(load, loaded)
+
+    def _admit(self, revision: Digest, weights: Weights, seconds: float) -> bool:
+        """Whether there was room in host memory. Who leaves it leaves its slot too."""
+        leaving = self.host.room_for(weights.num_bytes)
+        if leaving is None:
+            return False
+        for each in leaving:
+            if each in self.slots:
+                self._empty_slot(each)
+            self.host.evict(each)
+            del self._weights[each]
+            self.counters["evictions"] += 1
+        self.host.admit(revision, weights.num_bytes, seconds)
+        self._weights[revision] = weights
+        return True
+
+    def _why_never(self, revision: Digest, weights: Weights) -> Overloaded | None:
+        """Why the weights could not be resident, however empty memory were."""
+        for needed, tier, setting in (
+            (weights.num_bytes, self.host, "host_bytes"),
+            (self._engine.slot_bytes(weights), self.slots, "serving_bytes"),
+        ):
+            if needed > tier.budget_bytes:
+                return Overloaded(
+                    f"revision {revision} needs {needed} bytes of serving memory, the worker has "
+                    f"{tier.budget_bytes}; raise worker.{setting}"
+                )
+        return None

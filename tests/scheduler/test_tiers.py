@@ -1,0 +1,254 @@
+"""Tiers on a real engine: turns in the slots, loads in order and in time, nothing held for ever."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from openmint.errors import NotFound, Overloaded
+from openmint.scheduler.scheduler import EXPIRY_SECONDS
+from openmint.scheduler.tiers import TURN_STEPS
+from openmint.scheduler.work import Cancel, SampleDelta, SampleResult, SampleWork
+from openmint.store.blobs import digest_of
+from openmint.types import Digest, LoraSpec, Priority, SamplingParams, Tenant
+from tests.workbench import Workbench, prompt_of, random_model
+
+SPEC = LoraSpec(4)
+T = Tenant("t")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model("llama", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def stored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Digest], int]:
+    """A store, six revisions of one size in it, and that size in memory."""
+    store = tmp_path_factory.mktemp("store")
+    bench = Workbench(model, store)
+    revisions = [bench.revision(f"r{i}", SPEC, i, 0.2) for i in range(6)]
+    return store, revisions, bench.scheduler.stats().host_bytes // len(revisions)
+
+
+Stored = tuple[Path, list[Digest], int]
+
+
+def work(revision: Digest, seed: int = 0, max_tokens: int = 6, **more: Any) -> SampleWork:
+    return SampleWork(
+        T, revision, prompt_of(9, seed), SamplingParams(max_tokens, seed=seed), **more
+    )
+
+
+def answers(bench: Workbench, works: Sequence[SampleWork]) -> list[list[int]]:
+    """What each says, all of them asked at once; the revision is the one that was asked for."""
+    ids = [bench.submit(each) for each in works]
+    bench.run()
+    found = []
+    for work_id, each in zip(ids, works, strict=True):
+        result: SampleResult = bench.result(work_id)
+        assert result.revision == each.revision
+        found.append(result.sequences[0].tokens_N.tolist())
+    assert_nothing_held(bench)
+    return found
+
+
+def assert_nothing_held(bench: Workbench) -> None:
+    tiers = bench.scheduler._tiers
+    for tier in (tiers.host, tiers.slots):
+        tier.check_integrity()
+        assert not tier._pins
+        assert tier.used_bytes <= tier.budget_bytes
+    assert set(tiers.slots.resident) <= set(tiers.host.resident)
+    assert set(tiers.slots.resident) == set(bench.engine._slots)
+    assert set(tiers.host.resident) == set(tiers._weights)
+    assert (tiers.loads.num_running, len(tiers._landed)) == (0, 0)
+
+
+def test_more_revisions_than_slots_take_turns_within_one_wave(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    works = [work(each, i, 3 * TURN_STEPS, stream=True) for i, each in enumerate(revisions)]
+    roomy = answers(Workbench(model, store), works)
+    bench = Workbench(model, store, serving_bytes=int(2.5 * size))
+    assert answers(bench, works) == roomy
+    # Everybody had a first turn before anybody had all of theirs.
+    spoken = [delta.work_id for delta in bench.deltas if isinstance(delta.delta, SampleDelta)]
+    firsts = [spoken.index(work_id) for work_id in set(spoken)]
+    lasts = [len(spoken) - 1 - spoken[::-1].index(work_id) for work_id in set(spoken)]
+    assert max(firsts) < min(lasts)
+    longest = max(len(list(group)) for _, group in itertools.groupby(spoken))
+    assert longest < 3 * TURN_STEPS
+    assert bench.scheduler.stats().revision_loads == len(revisions)
+
+
+def test_turns_also_end_when_pages_are_short(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    works = [work(each, i, 40) for i, each in enumerate(revisions)]
+    roomy = answers(Workbench(model, store), works)
+    tight = Workbench(model, store, serving_bytes=int(1.5 * size), page_tokens=4)
+    tight.scheduler._batcher.pool.__init__(20)  # type: ignore[misc]
+    assert answers(tight, works) == roomy
+
+
+def test_host_memory_that_holds_few_serves_many_in_turn(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    works = [work(each, i) for i in range(3) for each in revisions]
+    bench = Workbench(model, store, host_bytes=int(1.5 * size))
+    assert answers(bench, works) == answers(Workbench(model, store), works)
+    stats = bench.scheduler.stats()
+    assert stats.num_resident_revisions == 1
+    assert stats.revision_evictions == stats.revision_loads - 1
+
+
+def test_the_largest_settings_that_hold_nothing_are_named(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    for setting in ("host_bytes", "serving_bytes"):
+        bench = Workbench(model, store, **{setting: size - 1})
+        with pytest.raises(Overloaded, match=rf"serving memory.*raise worker\.{setting}"):
+            bench.do(work(revisions[0]))
+        assert_nothing_held(bench)
+
+
+class Later(Workbench):
+    """Background jobs run when the test says so."""
+
+    def __init__(self, *args: Any, **config: Any) -> None:
+        self.jobs: list[Callable[[], None]] = []
+        super().__init__(*args, **config)
+
+    def _background(
+        self, job: Callable[[], Any], then: Callable[[Any, Exception | None], None]
+    ) -> None:
+        self.jobs.append(lambda: super(Later, self)._background(job, then))
+
+    def finish_jobs(self) -> None:
+        for job in self.jobs:
+            job()
+        self.jobs.clear()
+        for ended in self._ended:
+            ended()
+        self._ended.clear()
+
+
+def test_loads_run_a_few_at_a_time_in_the_order_of_priorities(model: Path, stored: Stored) -> None:
+    store, revisions, _ = stored
+    bench = Later(model, store, parallel_loads=2)
+    loaded: list[Digest] = []
+    load = bench.scheduler._archive.load_revision
+    bench.scheduler._tiers._archive.load_revision = lambda each: (  # type: ignore[method-assign]
+        loaded.append(each) or load(each)
+    )
+    for i, each in enumerate(revisions):
+        priority = Priority.INTERACTIVE if i == 5 else Priority.BATCH
+        bench.submit(work(each, priority=priority))
+    assert bench.scheduler.stats().num_waiting_loads == 4
+    while bench.jobs:
+        assert len(bench.jobs) <= 2
+        bench.finish_jobs()
+        bench.scheduler.step()
+    assert loaded == [*revisions[:2], revisions[5], *revisions[2:5]]
+    bench.run()
+    assert_nothing_held(bench)
+
+
+def test_what_cannot_be_loaded_in_time_is_refused_at_once(model: Path, stored: Stored) -> None:
+    store, revisions, _ = stored
+    bench = Workbench(model, store)
+    bench.scheduler._tiers.loads.mean_seconds = 30.0
+    with pytest.raises(Overloaded, match="not in memory") as refused:
+        bench.result(bench.submit(work(revisions[0], load_seconds=10.0)))
+    assert 19.0 < refused.value.retry_after_seconds < 21.0
+    assert bench.scheduler.stats().revision_loads == 0
+    assert_nothing_held(bench)
+    # In memory, nothing has to be loaded, and no deadline matters.
+    bench.do(work(revisions[0], load_seconds=60.0))
+    bench.scheduler._tiers.loads.mean_seconds = 30.0
+    bench.do(work(revisions[0], load_seconds=10.0))
+
+
+def test_who_still_waits_at_the_deadline_is_refused_then(model: Path, stored: Stored) -> None:
+    store, revisions, _ = stored
+    bench = Later(model, store)
+    bench.scheduler._tiers.loads.mean_seconds = 0.0
+    late, patient = (
+        bench.submit(work(revisions[0], load_seconds=seconds)) for seconds in (0.1, 60.0)
+    )
+    bench.scheduler.step()
+    assert late not in bench.answers
+    time.sleep(0.1 + EXPIRY_SECONDS)
+    bench.scheduler.step()
+    with pytest.raises(Overloaded, match=r"not in memory after 0\.[1-9] s"):
+        bench.result(late)
+    assert patient not in bench.answers
+    assert bench.scheduler.stats().deadlines_missed == 1
+    bench.finish_jobs()
+    bench.run()
+    assert bench.result(patient).revision == revisions[0]
+    assert_nothing_held(bench)
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_not_made(model: Path, stored: Stored) -> None:
+    store, revisions, _ = stored
+    bench = Later(model, store, parallel_loads=1)
+    ids = [bench.submit(work(each)) for each in revisions[:3]]
+    for work_id in ids:
+        bench.scheduler.cancel(Cancel(work_id))
+    while bench.jobs:
+        bench.finish_jobs()
+        bench.scheduler.step()
+    assert bench.scheduler.stats().revision_loads == 1
+    assert_nothing_held(bench)
+
+
+def test_a_thousand_who_want_one_cold_revision_cause_one_load(model: Path, stored: Stored) -> None:
+    store, revisions, _ = stored
+    bench = Workbench(model, store)
+    found = answers(bench, [work(revisions[0], seed=1, max_tokens=2) for _ in range(1000)])
+    assert len({tuple(each) for each in found}) == 1
+    assert bench.scheduler.stats().revision_loads == 1
+
+
+def test_a_load_that_fails_teaches_the_estimate_nothing(model: Path, stored: Stored) -> None:
+    store, _, _ = stored
+    bench = Workbench(model, store)
+    before = bench.scheduler._tiers.loads.mean_seconds
+    with pytest.raises(NotFound):
+        bench.do(work(digest_of(b"never stored")))
+    assert bench.scheduler._tiers.loads.mean_seconds == before
+    assert_nothing_held(bench)
+
+
+def test_random_lives_of_many_revisions_keep_the_books(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    numbers = np.random.default_rng(0)
+    bench = Workbench(
+        model, store, host_bytes=int(4.5 * size), serving_bytes=int(2.5 * size), page_tokens=4
+    )
+    live, wanted = list[int](), dict[int, Digest]()
+    for step in range(600):
+        match int(numbers.integers(4)):
+            case 0 if len(live) < 30:
+                revision = revisions[int(numbers.integers(len(revisions)))]
+                work_id = bench.submit(work(revision, step, int(numbers.integers(1, 30))))
+                live.append(work_id)
+                wanted[work_id] = revision
+            case 1 if live and numbers.random() < 0.2:
+                work_id = live.pop(int(numbers.integers(len(live))))
+                bench.scheduler.cancel(Cancel(work_id))
+            case _:
+                while bench._ended:
+                    bench._ended.pop(0)()
+                bench.scheduler.step()
+        tiers = bench.scheduler._tiers
+        assert tiers.slots.used_bytes <= tiers.slots.budget_bytes
+        assert tiers.host.used_bytes <= tiers.host.budget_bytes
+    bench.run()
+    for work_id in live:
+        assert bench.result(work_id).revision == wanted[work_id]
+    assert_nothing_held(bench)
