@@ -53,6 +53,7 @@ from openmint.scheduler.work import (
     Forget,
     OptimResult,
     OptimWork,
+    Prewarm,
     RestoreRun,
     Result,
     RunState,
@@ -72,6 +73,7 @@ from openmint.scheduler.work import (
 from openmint.types import (
     Digest,
     LoraSpec,
+    Priority,
     RunId,
     Tenant,
 )
@@ -96,6 +98,14 @@ class Sampling:
     deadline_at: float
     """When its revision must be in memory."""
     ran: set[Digest | None] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Prewarming:
+    """A prewarm whose revision isn't in memory yet."""
+
+    revision: Digest
+    deadline_at: float
 
 
 class Scheduler:
@@ -125,6 +135,7 @@ class Scheduler:
         )
         self._tiers = Tiers(engine, archive, self._in_background, config, self._fail_revision)
         self._sampling: dict[int, Sampling] = {}
+        self._prewarming: dict[int, Prewarming] = {}
         self._next_sequence_id = 0
         self._tenants, self._phases = TenantClock(), PhaseClock()
         self._engine_time = EngineTime()
@@ -144,6 +155,8 @@ class Scheduler:
         try:
             if isinstance(command, ScoreWork):
                 self._score(message.work_id, command)
+            elif isinstance(command, Prewarm):
+                self._prewarm(message.work_id, command)
             elif isinstance(command, SampleWork):
                 arrival = self._engine_time.arrival(message.received_at_seconds)
                 self._submit_sample(message.work_id, command, arrival)
@@ -161,7 +174,10 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Nothing queued, running or in the background."""
         return (
-            not self._sampling and not any(True for _ in self._lanes) and not self._num_background
+            not self._sampling
+            and not self._prewarming
+            and not any(True for _ in self._lanes)
+            and not self._num_background
         )
 
     def _busy_tenants(self) -> list[Tenant]:
@@ -176,8 +192,7 @@ class Scheduler:
                 f"prompt of {len(work.prompt_T)} and max_tokens {work.params.max_tokens} make "
                 f"{num_tokens} tokens; this worker holds {limit}. Shorten one of them"
             )
-        load_seconds = self._load_seconds if work.load_seconds is None else work.load_seconds
-        deadline_at = arrival.at_seconds + load_seconds
+        deadline_at = arrival.at_seconds + self._load_seconds_of(work)
         if work.revision is not None:
             self._tiers.want(work.revision, work.priority, deadline_at)
         sampling = Sampling(work_id, work, [], [], arrival, deadline_at)
@@ -197,6 +212,7 @@ class Scheduler:
         """Do the next piece of work. False when there is none until a message or a load arrives."""
         self._expire()
         self._tiers.take_in()
+        self._end_prewarms()
         if (entry := self._lanes.next_control()) is not None:
             self._control(entry)
             return True
@@ -483,16 +499,41 @@ class Scheduler:
 
     # -- residency --------------------------------------------------------------------------------
 
+    def _prewarm(self, work_id: int, work: Prewarm) -> None:
+        deadline_at = time.monotonic() + self._load_seconds_of(work)
+        self._tiers.want(work.revision, Priority.PREFETCH, deadline_at)
+        self._prewarming[work_id] = Prewarming(work.revision, deadline_at)
+
+    def _end_prewarms(self) -> None:
+        for work_id, prewarming in list(self._prewarming.items()):
+            if prewarming.revision in self._tiers.host:
+                self._end_prewarm(work_id, None)
+
+    def _end_prewarm(self, work_id: int, result: OpenMintError | None) -> None:
+        self._tiers.release(self._prewarming.pop(work_id).revision)
+        self._answer(work_id, result)
+
+    def _load_seconds_of(self, work: SampleWork | Prewarm) -> float:
+        return self._load_seconds if work.load_seconds is None else work.load_seconds
+
     def _fail_revision(self, revision: Digest, error: Exception) -> None:
         """Its load failed: all who wait for it hear why."""
+        for work_id, prewarming in list(self._prewarming.items()):
+            if prewarming.revision == revision:
+                self._end_prewarm(work_id, _as_known(error))
         for sampling in [s for s in self._sampling.values() if s.work.revision == revision]:
             self._fail_sampling(sampling, _as_known(error))
 
     def _expire(self) -> None:
-        """Refuse works whose revision isn't in memory when their time is over."""
+        """Refuse those whose revision isn't in memory when their time is over."""
         if (now := time.monotonic()) < self._next_expiry:
             return
         self._next_expiry = now + EXPIRY_SECONDS
+        retry_after = max(1.0, self._tiers.loads.mean_seconds)
+        for work_id, prewarming in list(self._prewarming.items()):
+            if now > prewarming.deadline_at:
+                text = f"revision {prewarming.revision} found no time or place in memory"
+                self._end_prewarm(work_id, Overloaded(text, retry_after))
         for sampling in list(self._sampling.values()):
             revision = sampling.work.revision
             waits = revision is not None and revision not in self._tiers.host
@@ -500,7 +541,6 @@ class Scheduler:
                 self._counters["missed"] += 1
                 waited = now - sampling.arrival.at_seconds
                 text = f"revision {revision} was not in memory after {waited:.1f} s; ask again"
-                retry_after = max(1.0, self._tiers.loads.mean_seconds)
                 self._fail_sampling(sampling, Overloaded(text, retry_after))
 
     def _in_background(

@@ -243,7 +243,18 @@ class Scored:
     """Every B of the adapter is zero, so that it changes nothing."""
 
 
-Command = RunCommand | SampleWork | ScoreWork
+@dataclass(frozen=True, slots=True)
+class Prewarm:
+    """Read a revision into host memory, after those that samples wait for. -> None, once it is
+    there. It may leave again like any other."""
+
+    tenant: Tenant
+    revision: Digest
+    load_seconds: float | None = None
+    """As in SampleWork."""
+
+
+Command = RunCommand | SampleWork | ScoreWork | Prewarm
 Result = RunState | TrainResult | OptimResult | SavedBlob | SampleResult | Scored | None
 
 

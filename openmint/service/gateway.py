@@ -22,6 +22,7 @@ from openmint.service.evaluations import Evaluations
 from openmint.service.futures import Futures
 from openmint.service.limits import Limits
 from openmint.service.meter import Meter
+from openmint.service.prewarming import Prewarming
 from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
 from openmint.service.sampling import Sampling
@@ -55,6 +56,7 @@ class Gateway:
     targets: Targets
     completions: Completions
     promotion: Promotion
+    prewarming: Prewarming
     adapters: Adapters
     evaluations: Evaluations
     snapshots: Snapshots
@@ -132,6 +134,7 @@ def build_gateway(
         catalog, store, workers, sessions, training, sampling, collector, probes, limits, meter
     )
     targets = Targets(catalog, workers, sampling)
+    prewarming = Prewarming(targets)
     completions = Completions(targets, TokenizerCache(), limits)
     training.restore()
     return Gateway(
@@ -147,7 +150,8 @@ def build_gateway(
         checkpoints,
         targets,
         completions,
-        Promotion(catalog),
+        Promotion(catalog, prewarming),
+        prewarming,
         Adapters(catalog, store, workers, collector, probes, limits),
         Evaluations(catalog, completions),
         Snapshots(catalog, workers, training, collector, service),

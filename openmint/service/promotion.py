@@ -15,6 +15,7 @@ from openmint.catalog.address import NAME, PolicyAddress
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Alias, Revision
 from openmint.errors import InvalidRequest
+from openmint.service.prewarming import Prewarming
 from openmint.types import Digest, Tenant
 
 log = structlog.get_logger(__name__)
@@ -26,6 +27,7 @@ DEFAULT = "default"
 @dataclass(frozen=True, slots=True)
 class Promotion:
     catalog: Catalog
+    prewarming: Prewarming
 
     async def promote(
         self,
@@ -55,6 +57,7 @@ class Promotion:
             reason=reason,
             expected_version=expected_version,
         )
+        self.prewarming.after_move(tenant, policy, alias)
         log.info("promoted", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)
         return moved
 
@@ -81,6 +84,7 @@ class Promotion:
             reason=reason,
             expected_version=expected_version,
         )
+        self.prewarming.after_move(tenant, policy, alias)
         log.info("rolled_back", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)
         return moved
 

@@ -1,0 +1,57 @@
+"""Brings revisions into memory before anybody asks for them: on request, and when an alias moves.
+
+Lives on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from openmint.errors import InvalidRequest, OpenMintError
+from openmint.scheduler.work import Prewarm
+from openmint.service.completions import together
+from openmint.service.targets import Target, Targets
+from openmint.types import Digest, Tenant
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prewarming:
+    targets: Targets
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def prewarm(
+        self, tenant: Tenant, models: Sequence[str], load_seconds: float | None
+    ) -> list[Digest]:
+        """The revisions of these models, in memory now. They are loaded after what samples want,
+        and leave like any other when their place is worth more. A retry is harmless.
+
+        Raises NotFound for a model, InvalidRequest for a base, Overloaded with the time after which
+        to ask again when they can't be there in time.
+        """
+        targets = [self.targets.resolve(tenant, model) for model in models]
+        return await together([_load(tenant, target, load_seconds) for target in targets])
+
+    def after_move(self, tenant: Tenant, policy: str, alias: str) -> None:
+        """What an alias names now is likely to be asked for soon."""
+        task = asyncio.create_task(self._follow(tenant, f"{tenant}/{policy}@{alias}"))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _follow(self, tenant: Tenant, model: str) -> None:
+        try:
+            await _load(tenant, self.targets.resolve(tenant, model), None)
+        except OpenMintError as error:  # who asks for it has it loaded then
+            log.info("not_prewarmed", model=model, error=error.message)
+
+
+async def _load(tenant: Tenant, target: Target, load_seconds: float | None) -> Digest:
+    if target.revision is None:
+        raise InvalidRequest(f"base {target.base.name} is in memory always; name a revision")
+    await target.client.call(Prewarm(tenant, target.revision, load_seconds))
+    return target.revision
