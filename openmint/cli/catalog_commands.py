@@ -48,6 +48,7 @@ def register(app: typer.Typer) -> None:
     app.command()(evaluate)
     app.command()(promote)
     app.command()(rollback)
+    app.command()(prewarm)
 
 
 @policies.command("ls")
@@ -219,6 +220,23 @@ def rollback(
     with connect(url, key, data) as remote:
         moved = remote.post(path, {"reason": reason}, if_match=if_version)
     _show_move(policy, moved, as_json=as_json)
+
+
+def prewarm(
+    models: Annotated[list[str], typer.Argument(help="tenant/policy[@alias|@digest], several.")],
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Have revisions read into memory before they are asked for."""
+    with connect(url, key, data) as remote:
+        found = remote.post("/catalog/v1/prewarm", {"models": models})["items"]
+    if as_json:
+        show(found, as_json=True)
+    else:
+        for item in found:
+            console.print(f"{item['model']} is {item['digest']}, in memory")
 
 
 def policy_path(policy: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from openmint.residency.load_times import LoadTimes
 from openmint.types import Digest
 
 HALF_LIVES = (64, 512, 4096, 32768)
@@ -32,7 +33,7 @@ class EvictionOrder(Protocol):
     """Hears of every use, of residents and of others, and ranks the residents."""
 
     def use(self, revision: Digest) -> None: ...
-    def admit(self, revision: Digest, num_bytes: int, load_seconds: float) -> None: ...
+    def admit(self, revision: Digest, num_bytes: int) -> None: ...
     def evict(self, revision: Digest) -> None: ...
     def leaving(self) -> Iterator[Digest]:
         """All residents, the least worth keeping first. Nothing may change meanwhile."""
@@ -49,7 +50,7 @@ class LeastRecent:
         if revision in self._order:
             self._order.move_to_end(revision)
 
-    def admit(self, revision: Digest, num_bytes: int, load_seconds: float) -> None:
+    def admit(self, revision: Digest, num_bytes: int) -> None:
         self._order[revision] = None
 
     def evict(self, revision: Digest) -> None:
@@ -69,7 +70,7 @@ class LeastFrequent:
     def use(self, revision: Digest) -> None:
         self._uses[revision] = self._uses.get(revision, 0) + 1
 
-    def admit(self, revision: Digest, num_bytes: int, load_seconds: float) -> None:
+    def admit(self, revision: Digest, num_bytes: int) -> None:
         self._residents[revision] = None
 
     def evict(self, revision: Digest) -> None:
@@ -102,8 +103,8 @@ class Past:
 
 
 class LeastWorth:
-    """The one whose eviction is likely to cost least: seconds that its load took, times the chance
-    that it is asked for next, by the byte that it frees.
+    """The one whose eviction is likely to cost least: seconds that a load of its size takes, times
+    the chance that it is asked for next, by the byte that it frees.
 
     The chance is a mixture of forecasters, which count uses over half-lives of their own: steady
     favourites, a set that drifts and short bursts each have one that knows them. How far each is
@@ -111,13 +112,14 @@ class LeastWorth:
     Herbster and Warmuth, "Tracking the Best Expert", 1998).
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, times: LoadTimes, seed: int = 0) -> None:
+        self._times = times
         self._clock = 0
         self._pasts: OrderedDict[Digest, Past] = OrderedDict()
         self._trust = [1 / len(HALF_LIVES)] * len(HALF_LIVES)
         self._residents: list[Digest] = []
         self._places: dict[Digest, int] = {}
-        self._seconds_per_byte: dict[Digest, float] = {}
+        self._sizes: dict[Digest, int] = {}
         self._chance = random.Random(seed)
 
     def use(self, revision: Digest) -> None:
@@ -130,16 +132,16 @@ class LeastWorth:
         if len(self._pasts) > MOST_PASTS:
             self._pasts.popitem(last=False)
 
-    def admit(self, revision: Digest, num_bytes: int, load_seconds: float) -> None:
+    def admit(self, revision: Digest, num_bytes: int) -> None:
         self._places[revision] = len(self._residents)
         self._residents.append(revision)
-        self._seconds_per_byte[revision] = load_seconds / max(1, num_bytes)
+        self._sizes[revision] = num_bytes
 
     def evict(self, revision: Digest) -> None:
         place, last = self._places.pop(revision), self._residents.pop()
         if last != revision:
             self._residents[place], self._places[last] = last, place
-        del self._seconds_per_byte[revision]
+        del self._sizes[revision]
 
     def leaving(self) -> Iterator[Digest]:
         compared = self._residents
@@ -156,7 +158,8 @@ class LeastWorth:
         if (past := self._pasts.get(revision)) is not None:
             pairs = zip(self._trust, past.chances(self._clock), strict=True)
             chance += sum(trust * chance for trust, chance in pairs)
-        return self._seconds_per_byte[revision] * chance
+        size = self._sizes[revision]
+        return self._times.seconds(size) / max(1, size) * chance
 
     def _learn(self, foretold: list[float]) -> None:
         """Trust those more that gave this use a higher chance."""

@@ -9,12 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openmint.errors import Overloaded
+from openmint.residency.load_times import LoadTimes
 from openmint.types import Digest, Priority
-
-FIRST_GUESS_SECONDS = 0.05
-"""What a load takes, before one was measured."""
-LEARNING = 0.1
-"""Least weight of the newest measurement in the mean."""
 
 
 @dataclass(slots=True)
@@ -33,12 +29,12 @@ class Load:
 class LoadQueue:
     """Loads that wait and loads that run. Times are seconds on the caller's clock."""
 
-    def __init__(self, num_parallel: int, most_waiting: int) -> None:
-        self.mean_seconds = FIRST_GUESS_SECONDS
+    def __init__(self, num_parallel: int, most_waiting: int, times: LoadTimes) -> None:
+        self._times = times
         self._num_parallel, self._most_waiting = num_parallel, most_waiting
         self._waiting: dict[Digest, Load] = {}
         self._running: set[Digest] = set()
-        self._number, self._num_measured = 0, 0
+        self._number = 0
 
     def __contains__(self, revision: Digest) -> bool:
         return revision in self._waiting or revision in self._running
@@ -84,7 +80,7 @@ class LoadQueue:
         """Seconds until such a load is likely to be over, if it were queued now."""
         before = sum(other.turn < load.turn for other in self._waiting.values())
         rounds = (before + len(self._running)) / self._num_parallel
-        return (rounds + 1) * self.mean_seconds
+        return (rounds + 1) * self._times.mean_seconds
 
     def start(self) -> Digest | None:
         """The next load to run, None when none waits or enough run."""
@@ -95,13 +91,9 @@ class LoadQueue:
         self._running.add(revision)
         return revision
 
-    def end(self, revision: Digest, seconds: float | None) -> None:
-        """A load is over, after these seconds; None when it failed, which teaches nothing."""
+    def end(self, revision: Digest) -> None:
+        """A load is over."""
         self._running.remove(revision)
-        if seconds is not None:
-            self._num_measured += 1
-            weight = max(LEARNING, 1 / self._num_measured)
-            self.mean_seconds += weight * (seconds - self.mean_seconds)
 
     def give_up(self, revision: Digest) -> None:
         """Nobody wants it any more. A load that runs goes on."""

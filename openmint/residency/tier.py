@@ -65,10 +65,10 @@ class Tier:
                     return leaving
         return None
 
-    def admit(self, revision: Digest, num_bytes: int, load_seconds: float = 0.0) -> None:
+    def admit(self, revision: Digest, num_bytes: int) -> None:
         self._sizes[revision] = num_bytes
         self.used_bytes += num_bytes
-        self._order.admit(revision, num_bytes, load_seconds)
+        self._order.admit(revision, num_bytes)
 
     def evict(self, revision: Digest) -> None:
         self.used_bytes -= self._sizes.pop(revision)

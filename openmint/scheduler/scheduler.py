@@ -529,7 +529,7 @@ class Scheduler:
         if (now := time.monotonic()) < self._next_expiry:
             return
         self._next_expiry = now + EXPIRY_SECONDS
-        retry_after = max(1.0, self._tiers.loads.mean_seconds)
+        retry_after = max(1.0, self._tiers.times.mean_seconds)
         for work_id, prewarming in list(self._prewarming.items()):
             if now > prewarming.deadline_at:
                 text = f"revision {prewarming.revision} found no time or place in memory"
@@ -603,6 +603,7 @@ class Scheduler:
             train_seconds=self._phases.train_seconds,
             serve_seconds=self._phases.serve_seconds,
             resident_revisions=tiers.host.resident,
+            slot_revisions=tiers.slots.resident,
             tenant_seconds=self._take_tenant_seconds(),
         )
 

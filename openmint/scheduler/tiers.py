@@ -15,6 +15,7 @@ from typing import Any
 from openmint.config import WorkerConfig
 from openmint.errors import Overloaded
 from openmint.residency.eviction import LeastRecent, LeastWorth
+from openmint.residency.load_times import LoadTimes
 from openmint.residency.loads import LoadQueue
 from openmint.residency.tier import Tier
 from openmint.scheduler.seams import Archive, Background, EngineProtocol, Weights
@@ -38,12 +39,13 @@ class Tiers:
     ) -> None:
         self._engine, self._archive, self._background = engine, archive, background
         self._on_failed = on_failed
-        self.host = Tier(config.host_bytes, LeastWorth())
+        self.times = LoadTimes()
+        self.host = Tier(config.host_bytes, LeastWorth(self.times))
         self.slots = Tier(config.serving_bytes, LeastRecent())
-        self.loads = LoadQueue(config.parallel_loads, config.waiting_loads)
+        self.loads = LoadQueue(config.parallel_loads, config.waiting_loads, self.times)
         self.counters = Counter[str]()
         self._weights: dict[Digest, Weights] = {}
-        self._landed: dict[Digest, tuple[Weights, float]] = {}
+        self._landed: dict[Digest, Weights] = {}
         self._queue: dict[Digest, None] = {}
         self._steps_in_slot: Counter[Digest] = Counter()
 
@@ -71,7 +73,7 @@ class Tiers:
         slot, as far as there is room."""
         if self.is_here(revision) or self._why_never(revision, weights) is not None:
             return
-        if self._admit(revision, weights, self.loads.mean_seconds):
+        if self._admit(revision, weights):
             self._fill_slot(revision, set(self.slots.resident))
 
     def is_here(self, revision: Digest) -> bool:
@@ -83,8 +85,8 @@ class Tiers:
     def take_in(self) -> None:
         """Give host memory to what was loaded, as far as held revisions leave room, and have the
         next ones loaded. What finds no room holds up loads: memory is bounded."""
-        for revision, (weights, seconds) in list(self._landed.items()):
-            if self._admit(revision, weights, seconds):
+        for revision, weights in list(self._landed.items()):
+            if self._admit(revision, weights):
                 del self._landed[revision]
         self._start_loads()
 
@@ -141,21 +143,20 @@ class Tiers:
             return self._archive.load_revision(revision), time.monotonic() - started
 
         def loaded(value: Any, error: Exception | None) -> None:
+            self.loads.end(revision)
             if error is None:
                 weights, seconds = value
                 self.counters["loads"] += 1
-                self.loads.end(revision, seconds)
-                self._landed[revision] = value
+                self.times.learn(weights.num_bytes, seconds)
                 error = self._why_never(revision, weights)
+            if error is None:
+                self._landed[revision] = weights
             else:
-                self.loads.end(revision, None)
-            if error is not None:
-                self._landed.pop(revision, None)
                 self._on_failed(revision, error)
 
         self._background(load, loaded)
 
-    def _admit(self, revision: Digest, weights: Weights, seconds: float) -> bool:
+    def _admit(self, revision: Digest, weights: Weights) -> bool:
         """Whether there was room in host memory. Who leaves it leaves its slot too."""
         leaving = self.host.room_for(weights.num_bytes)
         if leaving is None:
@@ -166,7 +167,7 @@ class Tiers:
             self.host.evict(each)
             del self._weights[each]
             self.counters["evictions"] += 1
-        self.host.admit(revision, weights.num_bytes, seconds)
+        self.host.admit(revision, weights.num_bytes)
         self._weights[revision] = weights
         return True
 

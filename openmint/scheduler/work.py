@@ -351,7 +351,9 @@ class WorkerStats:
     """False once a sync failed: no update is acknowledged until the worker is started again."""
     train_seconds: float = 0.0
     serve_seconds: float = 0.0
-    resident_revisions: tuple[Digest, ...] = field(default=())
+    resident_revisions: tuple[Digest, ...] = ()
+    """Those in host memory."""
+    slot_revisions: tuple[Digest, ...] = ()
     tenant_seconds: Mapping[Tenant, float] = field(default_factory=dict)
     """Engine time since the message before, shared by tokens among those in each step."""
 

@@ -31,6 +31,13 @@ class Workers:
         """Those that samples of the tenant run on or wait for, on any base."""
         return set().union(*(client.sampled_revisions(tenant) for client in self.all()))
 
+    def tiers_of(self, base: Digest, revision: Digest) -> list[str]:
+        """Where a revision's bytes are beside the store, as of about a second ago."""
+        stats = [client.stats for client in self.all() if client.base.digest == base]
+        in_host = any(revision in each.resident_revisions for each in stats)
+        in_slot = any(revision in each.slot_revisions for each in stats)
+        return ["host"] * in_host + ["slot"] * in_slot
+
     def by_name(self, name: str) -> WorkerClient:
         """The worker of a base given by its name, its directory or its directory's last part.
 

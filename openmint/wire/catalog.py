@@ -53,6 +53,13 @@ class Rollback(Body):
     if_version: Version | None = None
 
 
+class PrewarmModels(Body):
+    """Have the revisions of these models read into memory."""
+
+    models: Annotated[list[Reference], Field(min_length=1, max_length=256)]
+    load_deadline_seconds: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] | None = None
+
+
 class ImportAdapter(Body):
     """A PEFT adapter as JSON: the two files of its folder, the weights in base64."""
 
@@ -239,6 +246,7 @@ def encode_worker(base: BaseInfo, stats: WorkerStats, *, alive: bool) -> Json:
     """A base's worker: what it is and its counters; which revisions are resident stays out."""
     counters = asdict(stats)
     counters.pop("resident_revisions")
+    counters.pop("slot_revisions")
     return {
         "base": base.name,
         "base_digest": base.digest,

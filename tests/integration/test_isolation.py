@@ -325,6 +325,7 @@ ROWS: dict[str, Row] = {
     f"GET {CATALOG}/aliases/{{alias}}/history": Row(ANY),
     f"POST {CATALOG}/aliases/{{alias}}/promote": Row(TRAIN, lambda w: {"revision": w.digest}),
     f"POST {CATALOG}/aliases/{{alias}}/rollback": Row(TRAIN, lambda w: {}),
+    "POST /catalog/v1/prewarm": Row(USE, lambda w: {"models": [POLICY]}),
     "GET /catalog/v1/tasks": Row(ANY, foreign=None),
     "POST /catalog/v1/tasks": Row(TRAIN, lambda w: {**TASK, "name": "else"}, foreign=None),
     "GET /catalog/v1/tasks/{reference}": Row(ANY, at={"reference": lambda w: "isolation"}),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from openmint.errors import Overloaded
-from openmint.residency.loads import FIRST_GUESS_SECONDS, LoadQueue
+from openmint.residency.load_times import LoadTimes
+from openmint.residency.loads import LoadQueue
 from openmint.types import Digest, Priority
 
 A, B, C, D = (Digest(name) for name in "abcd")
@@ -17,23 +18,23 @@ def started(queue: LoadQueue) -> list[Digest]:
     order = []
     while (revision := queue.start()) is not None:
         order.append(revision)
-        queue.end(revision, 1.0)
+        queue.end(revision)
     return order
 
 
 def test_one_load_for_all_who_want_it() -> None:
-    queue = LoadQueue(2, 10)
+    queue = LoadQueue(2, 10, LoadTimes())
     for _ in range(3):
         queue.want(A, Priority.BATCH, 0.0, LATE)
     assert queue.start() == A
     queue.want(A, Priority.BATCH, 0.0, LATE)
     assert queue.start() is None
-    queue.end(A, 1.0)
+    queue.end(A)
     assert A not in queue
 
 
 def test_priorities_then_deadlines_then_first_come() -> None:
-    queue = LoadQueue(1, 10)
+    queue = LoadQueue(1, 10, LoadTimes())
     queue.want(A, Priority.PREFETCH, 0.0, 10.0)
     queue.want(B, Priority.INTERACTIVE, 0.0, 30.0)
     queue.want(C, Priority.INTERACTIVE, 0.0, 20.0)
@@ -42,7 +43,7 @@ def test_priorities_then_deadlines_then_first_come() -> None:
 
 
 def test_who_wants_it_sooner_moves_it_forward() -> None:
-    queue = LoadQueue(1, 10)
+    queue = LoadQueue(1, 10, LoadTimes())
     queue.want(A, Priority.INTERACTIVE, 0.0, 30.0)
     queue.want(B, Priority.PREFETCH, 0.0, 20.0)
     queue.want(B, Priority.INTERACTIVE, 0.0, 25.0)
@@ -50,33 +51,18 @@ def test_who_wants_it_sooner_moves_it_forward() -> None:
 
 
 def test_no_more_run_at_once_than_are_allowed() -> None:
-    queue = LoadQueue(2, 10)
+    queue = LoadQueue(2, 10, LoadTimes())
     for revision in (A, B, C):
         queue.want(revision, Priority.BATCH, 0.0, LATE)
     assert [queue.start(), queue.start(), queue.start()] == [A, B, None]
-    queue.end(B, None)
+    queue.end(B)
     assert queue.start() == C
 
 
-def test_the_estimate_follows_what_was_measured() -> None:
-    queue = LoadQueue(2, 10)
-    assert queue.mean_seconds == FIRST_GUESS_SECONDS
-    queue.want(A, Priority.BATCH, 0.0, LATE)
-    queue.start()
-    queue.end(A, 4.0)
-    assert queue.mean_seconds == 4.0
-    for _ in range(100):
-        queue.want(A, Priority.BATCH, 0.0, LATE)
-        queue.start()
-        queue.end(A, 2.0)
-    assert queue.mean_seconds == pytest.approx(2.0, rel=1e-3)
-
-
 def test_what_would_be_late_is_refused_at_once_with_the_time_to_wait() -> None:
-    queue = LoadQueue(2, 10)
-    queue.want(A, Priority.BATCH, 0.0, LATE)
-    queue.start()
-    queue.end(A, 4.0)
+    times = LoadTimes()
+    times.learn(1, 4.0)
+    queue = LoadQueue(2, 10, times)
     for revision in (A, B, C):
         queue.want(revision, Priority.BATCH, 100.0, 200.0)
     # Three before it, two at a time: 6 s, then its own 4 s.
@@ -89,7 +75,7 @@ def test_what_would_be_late_is_refused_at_once_with_the_time_to_wait() -> None:
 
 
 def test_a_full_queue_refuses_new_ones_and_takes_those_it_has() -> None:
-    queue = LoadQueue(1, 2)
+    queue = LoadQueue(1, 2, LoadTimes())
     queue.want(A, Priority.BATCH, 0.0, LATE)
     queue.want(B, Priority.BATCH, 0.0, LATE)
     with pytest.raises(Overloaded, match=r"2 adapters wait.*worker\.waiting_loads"):
@@ -99,7 +85,7 @@ def test_a_full_queue_refuses_new_ones_and_takes_those_it_has() -> None:
 
 
 def test_what_nobody_wants_any_more_is_not_loaded() -> None:
-    queue = LoadQueue(1, 10)
+    queue = LoadQueue(1, 10, LoadTimes())
     queue.want(A, Priority.BATCH, 0.0, LATE)
     queue.want(B, Priority.BATCH, 0.0, LATE)
     queue.give_up(A)

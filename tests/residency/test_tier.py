@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from openmint.residency.eviction import LeastFrequent, LeastRecent, LeastWorth
+from openmint.residency.load_times import LoadTimes
 from openmint.residency.tier import Tier
 from openmint.types import Digest
 
@@ -62,7 +63,7 @@ def test_what_never_fits_evicts_nobody() -> None:
 
 
 def test_random_use_keeps_budget_and_pins_in_every_order() -> None:
-    for order in (LeastRecent(), LeastFrequent(), LeastWorth()):
+    for order in (LeastRecent(), LeastFrequent(), LeastWorth(LoadTimes())):
         numbers = np.random.default_rng(0)
         names = [Digest(str(i)) for i in range(200)]
         sizes = {name: int(numbers.integers(1, 40)) for name in names}

@@ -158,9 +158,9 @@ def test_loads_run_a_few_at_a_time_in_the_order_of_priorities(model: Path, store
 
 
 def test_what_cannot_be_loaded_in_time_is_refused_at_once(model: Path, stored: Stored) -> None:
-    store, revisions, _ = stored
+    store, revisions, size = stored
     bench = Workbench(model, store)
-    bench.scheduler._tiers.loads.mean_seconds = 30.0
+    bench.scheduler._tiers.times.learn(size, 30.0)
     with pytest.raises(Overloaded, match="not in memory") as refused:
         bench.result(bench.submit(work(revisions[0], load_seconds=10.0)))
     assert 19.0 < refused.value.retry_after_seconds < 21.0
@@ -168,14 +168,14 @@ def test_what_cannot_be_loaded_in_time_is_refused_at_once(model: Path, stored: S
     assert_nothing_held(bench)
     # In memory, nothing has to be loaded, and no deadline matters.
     bench.do(work(revisions[0], load_seconds=60.0))
-    bench.scheduler._tiers.loads.mean_seconds = 30.0
+    bench.scheduler._tiers.times.learn(size, 30.0)
     bench.do(work(revisions[0], load_seconds=10.0))
 
 
 def test_who_still_waits_at_the_deadline_is_refused_then(model: Path, stored: Stored) -> None:
     store, revisions, _ = stored
     bench = Later(model, store)
-    bench.scheduler._tiers.loads.mean_seconds = 0.0
+    bench.scheduler._tiers.times.learn(1, 1e-6)
     late, patient = (
         bench.submit(work(revisions[0], load_seconds=seconds)) for seconds in (0.1, 60.0)
     )
@@ -217,10 +217,10 @@ def test_a_thousand_who_want_one_cold_revision_cause_one_load(model: Path, store
 def test_a_load_that_fails_teaches_the_estimate_nothing(model: Path, stored: Stored) -> None:
     store, _, _ = stored
     bench = Workbench(model, store)
-    before = bench.scheduler._tiers.loads.mean_seconds
+    before = bench.scheduler._tiers.times.mean_seconds
     with pytest.raises(NotFound):
         bench.do(work(digest_of(b"never stored")))
-    assert bench.scheduler._tiers.loads.mean_seconds == before
+    assert bench.scheduler._tiers.times.mean_seconds == before
     assert_nothing_held(bench)
 
 

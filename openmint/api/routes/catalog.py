@@ -98,14 +98,16 @@ async def list_revisions(
 async def get_revision(
     tenant: str, name: str, reference: str, caller: Caller, gateway: App
 ) -> wire.Json:
-    """A revision by digest, the start of one, alias or `default`, with its evaluations."""
+    """A revision by digest, the start of one, alias or `default`, with its evaluations and the
+    tiers of memory that it is in."""
     caller.require(*READERS)
     revision = _revision(gateway, caller, tenant, name, reference)
     evaluations = gateway.catalog.evaluations(
         revision.tenant, policy=revision.policy_name, digest=revision.digest
     )
     shown = [_evaluation(evaluation) for evaluation in evaluations]
-    return {**wire.encode_revision(revision), "evaluations": shown}
+    tiers = ["store", *gateway.workers.tiers_of(revision.base_digest, revision.digest)]
+    return {**wire.encode_revision(revision), "tiers": tiers, "evaluations": shown}
 
 
 @router.get(REVISION + "/lineage")
@@ -244,6 +246,21 @@ async def rollback(
         expected_version=_expected_version(body.if_version, if_match),
     )
     return _alias_answer(moved)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@router.post("/prewarm", openapi_extra=takes(wire.PrewarmModels))
+async def prewarm(request: Request, caller: Caller, gateway: App) -> wire.Json:
+    """Have revisions read into memory before they are asked for; answers once they are there."""
+    caller.require("serve", "train")
+    body = await read(request, wire.PrewarmModels)
+    digests = await gateway.prewarming.prewarm(
+        caller.tenant, body.models, body.load_deadline_seconds
+    )
+    pairs = zip(body.models, digests, strict=True)
+    return {"items": [{"model": model, "digest": digest} for model, digest in pairs]}
 
 
 # -- evaluation -----------------------------------------------------------------------------------
