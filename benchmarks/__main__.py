@@ -24,6 +24,7 @@ QUESTIONS = (
     "adapters",
     "handoff",
     "durability",
+    "eviction",
     "startup",
     "control",
     "load",
