@@ -153,6 +153,7 @@ class Tiers:
                 self._landed[revision] = weights
             else:
                 self._on_failed(revision, error)
+            self.take_in()
 
         self._background(load, loaded)
 
