@@ -58,7 +58,7 @@ class RealLoads:
     def __init__(self, folder: Path) -> None:
         directory, config = embedded_base(BASES), WorkerConfig()
         _, base = load_model("base", directory, Digest("sha256:" + "0" * 64), config)
-        self._archive = AdapterArchive(BlobStore(folder), base, torch.bfloat16)
+        self._archive = AdapterArchive(BlobStore(folder), base)
         generator = torch.Generator().manual_seed(0)
         blobs = BlobStore(folder)
         self.uses: list[Use] = []

@@ -1,11 +1,12 @@
-"""The nouns that every room shares. Standard library and numpy only; no behaviour.
+"""The nouns that every room shares. Standard library and numpy only.
 
 Shape suffixes: T tokens, N positions of one datum, K candidates, S sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, NewType
@@ -72,6 +73,37 @@ class TargetModule:
     num_out: int
 
 
+LAYER = re.compile(r"(.*\.)?layers\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStack:
+    """Targets that differ in their layer alone. All their A are one tensor, and all their B."""
+
+    name: str
+    """The path within a layer, e.g. `mlp.up_proj`."""
+    targets: tuple[TargetModule, ...]
+    """Layer by layer."""
+
+    @property
+    def num_in(self) -> int:
+        return self.targets[0].num_in
+
+    @property
+    def num_out(self) -> int:
+        return self.targets[0].num_out
+
+
+def stacks_of(targets: Iterable[TargetModule]) -> tuple[TargetStack, ...]:
+    """The targets as an adapter's tensors and its flat vector have them: in the order of names."""
+    stacks: dict[str, list[TargetModule]] = {}
+    for target in targets:
+        stacks.setdefault(LAYER.sub("", target.path), []).append(target)
+    for name, members in stacks.items():
+        assert len({(t.num_in, t.num_out) for t in members}) == 1, f"{name} has several shapes"
+    return tuple(TargetStack(name, tuple(stacks[name])) for name in sorted(stacks))
+
+
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
     """A resident base model as the control plane knows it; made by the worker that loaded it."""
@@ -93,7 +125,7 @@ class BaseInfo:
     targets: tuple[TargetModule, ...]
 
     def targets_of(self, spec: LoraSpec) -> tuple[TargetModule, ...]:
-        """The modules that `spec` adapts, in the fixed order of the flat adapter layout."""
+        """The modules that `spec` adapts."""
         return tuple(target for target in self.targets if target.group in spec.groups)
 
 

@@ -116,7 +116,7 @@ class Workbench:
         self.model, self.base = load_model("tiny", directory, digest, self.config)
         self.engine = Engine(self.model, self.base, self.config)
         self.blobs = BlobStore(store)
-        archive = AdapterArchive(self.blobs, self.base, self.engine.dtype)
+        archive = AdapterArchive(self.blobs, self.base)
         self.answers: dict[int, ToGateway] = {}
         self.deltas: list[Delta] = []
         self._ended: list[Callable[[], None]] = []

@@ -59,7 +59,7 @@ class Service(InProcess):
         model, self.base = load_model("base", Path(base), DIGEST, self.config)
         engine = Engine(model, self.base, self.config)
         self.blobs = BlobStore(store)
-        super().__init__(engine, AdapterArchive(self.blobs, self.base, engine.dtype), self.config)
+        super().__init__(engine, AdapterArchive(self.blobs, self.base), self.config)
 
 
 @cache

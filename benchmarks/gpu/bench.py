@@ -18,7 +18,7 @@ from openmint.config import WorkerConfig
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
-from openmint.models.loader import describe
+from openmint.models.loader import DTYPES, describe
 from openmint.scheduler.work import (
     CreateRun,
     SampleResult,
@@ -37,7 +37,7 @@ from openmint.types import (
 ADAPTER_SPREAD = 0.02
 """Of B's values: enough for an adapter to change what the base says."""
 
-MakeArchive = Callable[[BaseInfo, torch.dtype], Any]
+MakeArchive = Callable[[BaseInfo], Any]
 
 
 class Bench(InProcess):
@@ -48,7 +48,7 @@ class Bench(InProcess):
     ) -> None:
         self.model, self.base = model, base
         engine = Engine(model, base, config)
-        self.archive = make_archive(base, engine.dtype)
+        self.archive = make_archive(base)
         super().__init__(engine, self.archive, config)
 
     def sample(
@@ -74,7 +74,7 @@ class Bench(InProcess):
 
 def stored(folder: Path) -> MakeArchive:
     """Revisions in a store, as a worker has them."""
-    return lambda base, dtype: AdapterArchive(BlobStore(folder), base, dtype)
+    return lambda base: AdapterArchive(BlobStore(folder), base)
 
 
 def make_bench(scale: Scale, make_archive: MakeArchive, **worker: Any) -> Bench:
@@ -92,7 +92,6 @@ class MadeAdapters:
 
     spec: LoraSpec
     base: BaseInfo
-    dtype: torch.dtype
 
     def __post_init__(self) -> None:
         self._layout = AdapterLayout(self.spec, self.base.targets_of(self.spec))
@@ -103,7 +102,7 @@ class MadeAdapters:
 
     def load_revision(self, revision: Digest) -> AdapterWeights:
         device = torch.device(self.base.device)
-        flat_P = torch.empty(self._layout.num_params, dtype=self.dtype, device=device)
+        flat_P = torch.empty(self._layout.num_params, dtype=DTYPES[self.base.dtype], device=device)
         seed = int(revision.removeprefix("sha256:"), 16)
         flat_P.normal_(0.0, ADAPTER_SPREAD, generator=generator_on(device, seed))
         return AdapterWeights(self._layout, flat_P, revision)

@@ -89,7 +89,7 @@ def adapter_works(scale: Scale) -> dict[str, Callable[[], list[Tensor]]]:
     model, config = make_model(with_layers(scale, 1))
     worker = WorkerConfig(device=scale.device, dtype=scale.dtype)
     base = describe(model, config, worker, name="", digest=DIGEST, directory="")
-    made = MadeAdapters(LoraSpec(scale.rank, train_unembed=False), base, DTYPES[scale.dtype])
+    made = MadeAdapters(LoraSpec(scale.rank, train_unembed=False), base)
     adapters = [made.load_revision(made.digest(1 + i)) for i in range(NUM_ADAPTERS)]
     works = {}
     for linear in model.linears:

@@ -107,6 +107,7 @@ FULL = Scale(
     dtype="bfloat16",
     worker={
         "training_bytes": 16 * GIB,
+        "host_bytes": 20 * GIB,
         "serving_bytes": 20 * GIB,
         "kv_cache_bytes": 8 * GIB,
         "step_tokens": 8192,

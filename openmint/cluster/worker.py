@@ -157,7 +157,7 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready
     model, base = load_model(name, directory, digest, setup.config)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     engine = Engine(model, base, setup.config)
-    archive = AdapterArchive(BlobStore(setup.data), base, engine.dtype)
+    archive = AdapterArchive(BlobStore(setup.data), base)
     folder = folder_of(setup.data, digest)
     updates = UpdateLog(folder, digest, inbox.post, setup.config.updates_per_sync)
     scheduler = Scheduler(

@@ -7,55 +7,57 @@ the flat vectors. Both are checked against the base before a single value is use
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from openmint.engine.optimizer import AdamState, is_finite
 from openmint.engine.runs import RunSnapshot
 from openmint.errors import InvalidRequest
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
-from openmint.store.adapter_file import check_adapter, encode_adapter
+from openmint.models.loader import DTYPES
+from openmint.store.adapter_file import check_adapter, encode_adapter, expected_tensors
 from openmint.store.blobs import BlobStore
 from openmint.store.safetensors_header import encode_safetensors, read_header
 from openmint.types import BaseInfo, Digest, LoraSpec
 
-PREFIX = "base_model.model."
-TRAINING_FORMAT = "openmint-training/1"
+TRAINING_FORMAT = "openmint-training/2"
 VECTORS = ("params", "exp_avg", "exp_avg_sq")
+MOST_LAYOUTS = 256
+"""Shapes of adapters whose layout is kept; clients choose ranks and alphas."""
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def encode_revision(weights: AdapterWeights, base: BaseInfo) -> bytes:
     """The adapter file of these weights; equal weights give equal bytes."""
-    tensors = {}
-    for path, (a_RI, b_RO) in weights.views.items():
-        for name, tensor in (("lora_A", a_RI), ("lora_B", b_RO.t())):
-            tensors[f"{PREFIX}{path}.{name}.weight"] = (
-                DTYPE_NAMES[tensor.dtype],
-                tuple(tensor.shape),
-                _raw(tensor),
-            )
+    dtype = weights.flat_P.dtype
+    raw = weights.flat_P.detach().cpu().view(torch.uint8).numpy().data
+    tensors, start = {}, 0
+    for name, shape in expected_tensors(base, weights.spec).items():
+        stop = start + math.prod(shape) * dtype.itemsize
+        tensors[name] = (DTYPE_NAMES[dtype], shape, raw[start:stop])
+        start = stop
     return encode_adapter(tensors, base.digest, weights.spec)
 
 
 def decode_revision(
-    data: bytes, base: BaseInfo, dtype: torch.dtype, revision: Digest
+    data: bytes, base: BaseInfo, revision: Digest, layout_of: Callable[[LoraSpec], AdapterLayout]
 ) -> AdapterWeights:
-    """Weights in host memory from an adapter file.
+    """Weights in host memory, in the base's dtype, from an adapter file.
 
     Raises InvalidRequest with the list of what doesn't match.
     """
-    spec = check_adapter(data, base).spec
-    layout = AdapterLayout(spec, base.targets_of(spec))
-    flat_P = torch.empty(layout.num_params, dtype=dtype)
-    tensors = safetensors.torch.load(data)
-    for path, (a_RI, b_RO) in layout.views(flat_P).items():
-        a_RI.copy_(tensors[f"{PREFIX}{path}.lora_A.weight"])
-        b_RO.copy_(tensors[f"{PREFIX}{path}.lora_B.weight"].t())
+    header = check_adapter(data, base)
+    layout = layout_of(header.spec)
+    flat_P = torch.empty(layout.num_params, dtype=DTYPES[base.dtype])
+    start = min(entry.start for entry in header.tensors.values())
+    flat_P.view(torch.uint8).numpy()[:] = np.frombuffer(data, np.uint8, offset=start)
     return AdapterWeights(layout, flat_P, revision)
 
 
@@ -115,15 +117,15 @@ def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
     return RunSnapshot(spec, state, moved.get("grads"))
 
 
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
 class AdapterArchive:
     """Revisions and training states in the store, encoded and checked. Any thread may call it."""
 
-    def __init__(self, blobs: BlobStore, base: BaseInfo, dtype: torch.dtype) -> None:
-        self._blobs, self._base, self._dtype = blobs, base, dtype
+    def __init__(self, blobs: BlobStore, base: BaseInfo) -> None:
+        self._blobs, self._base = blobs, base
+        # One for all revisions of a shape, with what it finds out about tiles.
+        self._layout = lru_cache(MOST_LAYOUTS)(
+            lambda spec: AdapterLayout(spec, base.targets_of(spec))
+        )
 
     def save_revision(self, weights: AdapterWeights) -> tuple[Digest, int]:
         """Digest and size of the adapter file, which is durable on return."""
@@ -131,7 +133,7 @@ class AdapterArchive:
         return self._blobs.put(data), len(data)
 
     def load_revision(self, revision: Digest) -> AdapterWeights:
-        return decode_revision(self._blobs.get(revision), self._base, self._dtype, revision)
+        return decode_revision(self._blobs.get(revision), self._base, revision, self._layout)
 
     def save_training(self, snapshot: RunSnapshot) -> tuple[Digest, int]:
         data = encode_training(snapshot, self._base)
@@ -142,7 +144,7 @@ class AdapterArchive:
 
     def load_as_training(self, revision: Digest) -> RunSnapshot:
         """A revision's weights as the start of a training session."""
-        weights = decode_revision(self._blobs.get(revision), self._base, torch.float32, revision)
+        weights = self.load_revision(revision)
         return RunSnapshot(
-            weights.spec, AdamState.fresh(weights.flat_P.to(self._base.device)), None
+            weights.spec, AdamState.fresh(weights.flat_P.to(self._base.device, torch.float32)), None
         )

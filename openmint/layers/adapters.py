@@ -27,7 +27,7 @@ from torch import Tensor
 from openmint.kernels import linear as tiled
 from openmint.kernels.adapter_tiles import Direction, Plan, Target, lay_out, padded, plan
 from openmint.kernels.choice import use_triton
-from openmint.types import Digest, IntArray, LoraSpec, TargetGroup, TargetModule
+from openmint.types import Digest, IntArray, LoraSpec, TargetGroup, TargetModule, stacks_of
 
 if TYPE_CHECKING:
     from openmint.kernels.segmented import Segments
@@ -48,35 +48,46 @@ class Tiles(NamedTuple):
 
 
 class AdapterLayout:
-    """Where A and B of each target lie in an adapter's flat vector: target by target, A then B."""
+    """Where A and B of each target lie in an adapter's flat vector, which is as the adapter file
+    has it: stack by stack, all A of its layers, then all B."""
 
     def __init__(self, spec: LoraSpec, targets: Sequence[TargetModule]) -> None:
         self.spec = spec
         self.targets = tuple(targets)
-        self.num_params = sum(spec.rank * (t.num_in + t.num_out) for t in self.targets)
+        self.starts: dict[str, tuple[int, int]] = {}
+        """Of each target's A and B."""
+        self.num_params = 0
+        for stack in stacks_of(targets):
+            size_a, size_b = spec.rank * stack.num_in, spec.rank * stack.num_out
+            bs_start = self.num_params + len(stack.targets) * size_a
+            for layer, target in enumerate(stack.targets):
+                starts = self.num_params + layer * size_a, bs_start + layer * size_b
+                self.starts[target.path] = starts
+            self.num_params = bs_start + len(stack.targets) * size_b
         self._plans: dict[tuple[tuple[Fused, ...], Direction], Plan] = {}
 
     def plan(self, layers: tuple[Fused, ...], direction: Direction) -> Plan:
         """Where the tiles of these linear layers go; made once."""
         if (layers, direction) not in self._plans:
-            rank, starts, at = self.spec.rank, {}, 0
-            for t in self.targets:
-                starts[t.path] = Target(at, at + rank * t.num_in, t.num_in, t.num_out)
-                at += rank * (t.num_in + t.num_out)
-            targets = [[starts[path] for path in paths] for paths in layers]
-            self._plans[layers, direction] = plan(rank, targets, direction)
+            found = {
+                t.path: Target(*self.starts[t.path], t.num_in, t.num_out) for t in self.targets
+            }
+            targets = [[found[path] for path in paths] for paths in layers]
+            self._plans[layers, direction] = plan(self.spec.rank, targets, direction)
         return self._plans[layers, direction]
 
     def views(self, flat_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """`path -> (A_RI, B_RO)`, views that share the vector's memory."""
-        views, start, rank = {}, 0, self.spec.rank
-        for target in self.targets:
-            middle = start + rank * target.num_in
-            stop = middle + rank * target.num_out
-            a_RI = flat_P[start:middle].view(rank, target.num_in)
-            views[target.path] = (a_RI, flat_P[middle:stop].view(rank, target.num_out))
-            start = stop
-        return views
+        return {
+            target.path: (
+                self._view(flat_P, self.starts[target.path][0], target.num_in),
+                self._view(flat_P, self.starts[target.path][1], target.num_out),
+            )
+            for target in self.targets
+        }
+
+    def _view(self, flat_P: Tensor, start: int, width: int) -> Tensor:
+        return flat_P[start : start + self.spec.rank * width].view(self.spec.rank, width)
 
 
 class AdapterWeights:
@@ -93,8 +104,16 @@ class AdapterWeights:
         self.revision = revision
         self.spec = layout.spec
         self.flat_P = flat_P
-        self.views = layout.views(flat_P)
         self._tiles: dict[tuple[Fused, Direction], Tiles] = {}
+
+    @cached_property
+    def views(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """`path -> (A_RI, B_RO)`."""
+        return self.layout.views(self.flat_P)
+
+    def has(self, path: str) -> bool:
+        """Whether it adapts this target."""
+        return path in self.layout.starts
 
     def tiles(self, paths: Fused, direction: Direction) -> Tiles:
         """The strips and panels of targets with one input, made once; kept as long as the adapter.
@@ -107,9 +126,7 @@ class AdapterWeights:
 
     def lay_out(self, layers: Sequence[Fused], direction: Direction) -> None:
         """Make the tiles of many linear layers in one go; of those that the adapter has."""
-        having = tuple(
-            p for p in layers if p[0] in self.views and (p, direction) not in self._tiles
-        )
+        having = tuple(p for p in layers if self.has(p[0]) and (p, direction) not in self._tiles)
         if having:
             plan = self.layout.plan(having, direction)
             words_W = lay_out(self.flat_P, plan)
@@ -197,7 +214,7 @@ class AdapterStack:
         if key not in self._addresses:
             shrink_S, expand_S = np.zeros((2, len(self.adapters)), np.int64)
             for slot, adapter in enumerate(self.adapters):
-                if paths[0] in adapter.views:
+                if adapter.has(paths[0]):
                     tiles = adapter.tiles(paths, direction)
                     shrink_S[slot], expand_S[slot] = tiles.strips, tiles.panels
             self._addresses[key] = (shrink_S, expand_S)
@@ -222,7 +239,7 @@ class AdapterStack:
     def stacked(self, paths: tuple[str, ...]) -> StackedTargets:
         """The targets over all slots that have them; they belong to one group."""
         if paths not in self._stacked:
-            having = [a for a in self.adapters if paths[0] in a.views]
+            having = [a for a in self.adapters if a.has(paths[0])]
             views = [[adapter.views[path] for adapter in having] for path in paths]
             a_RI = _joined([a_RI for target in views for a_RI, _ in target])
             bs_RO = tuple(_joined([b_RO for _, b_RO in target]) for target in views)

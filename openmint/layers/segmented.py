@@ -116,12 +116,9 @@ class AdapterTable:
 
     def _offsets(self, adapter: AdapterWeights) -> IntArray:
         """Where A and B of each target begin in a flat vector of this layout, `[2, M]`."""
-        offsets_2M, start = np.zeros((2, len(self._targets)), np.int64), 0
-        rank = adapter.spec.rank
-        for target in adapter.layout.targets:
-            middle = start + rank * target.num_in
-            offsets_2M[:, self._column[target.path]] = start, middle
-            start = middle + rank * target.num_out
+        offsets_2M = np.zeros((2, len(self._targets)), np.int64)
+        for path, starts in adapter.layout.starts.items():
+            offsets_2M[:, self._column[path]] = starts
         return offsets_2M
 
     def delta(self, paths: tuple[str, ...], by: Segments) -> SegmentedDelta:

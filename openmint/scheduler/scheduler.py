@@ -80,8 +80,9 @@ from openmint.types import (
 
 log = logging.getLogger(__name__)
 
-OPTIMIZER = "adamw/1"
-"""What a logged gradient was applied by; another one would make another state of it."""
+OPTIMIZER = "adamw/2"
+"""What a logged gradient was applied by, and in which order its values are; another one would make
+another state of it."""
 EXPIRY_SECONDS = 0.25
 """How often the waiting are looked through for those whose time is over."""
 

@@ -1,8 +1,11 @@
-"""The adapter file: a revision's bytes, in PEFT's safetensors layout, and its admission.
+"""The adapter file: a revision's bytes, in the engine's own layout, and their admission.
 
-Names are `base_model.model.<path>.lora_A.weight [r, in]` and `…lora_B.weight [out, r]`, so that the
-file is at once what `peft` reads; the header's metadata carries what PEFT keeps in
-adapter_config.json, and the base's digest. Equal weights give equal bytes, hence equal digests.
+A safetensors file of few tensors, `<path within a layer>.lora_A [layers, r, in]` and `….lora_B
+[layers, r, out]`, whose bytes one after another are the engine's flat vector: a load is one read
+and one copy, however many layers there are. The header's metadata carries rank, alpha, target
+groups and the base's digest. Equal weights give equal bytes, hence equal digests. PEFT's layout is
+made and read at the edge: a tensor for each A and B, `base_model.model.<path>.lora_A.weight` `[r,
+in]` and `….lora_B.weight` `[out, r]`.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from openmint.store.safetensors_header import (
     encode_safetensors,
     read_header,
 )
-from openmint.types import BaseInfo, Digest, LoraSpec, TargetGroup
+from openmint.types import BaseInfo, Digest, LoraSpec, TargetGroup, stacks_of
 
-FORMAT = "openmint-adapter/1"
+FORMAT = "openmint-adapter/2"
 PREFIX = "base_model.model."
 BASE_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 MAX_LISTED = 10
@@ -62,7 +65,17 @@ class AdapterHeader:
 
 
 def expected_tensors(base: BaseInfo, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that an adapter of this spec has on this base."""
+    """Name and shape of every tensor that an adapter of this spec has on this base, in the order of
+    the file and of the engine's flat vector."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stack in stacks_of(base.targets_of(spec)):
+        shapes[f"{stack.name}.lora_A"] = (len(stack.targets), spec.rank, stack.num_in)
+        shapes[f"{stack.name}.lora_B"] = (len(stack.targets), spec.rank, stack.num_out)
+    return shapes
+
+
+def peft_tensors(base: BaseInfo, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """The same as PEFT has them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target in base.targets_of(spec):
         shapes[f"{PREFIX}{target.path}.lora_A.weight"] = (spec.rank, target.num_in)
@@ -115,12 +128,20 @@ def from_peft(weights: bytes, adapter_config: Mapping[str, Any], base: BaseInfo)
     spec = _peft_spec(adapter_config, header := read_header(weights))
     if not 1 <= spec.rank <= base.max_rank:
         raise InvalidRequest(f"adapter rank {spec.rank} is outside 1..{base.max_rank}")
-    _refuse(_differences(header, expected_tensors(base, spec), None))
+    _refuse(_differences(header, peft_tensors(base, spec), None))
+
+    def values_of(name: str) -> npt.NDArray[np.float32]:
+        entry = header.tensors[name]
+        return to_float32(weights[entry.start : entry.stop], entry.dtype).reshape(entry.shape)
+
     dtype = BASE_DTYPES[base.dtype]
     tensors: dict[str, TensorBytes] = {}
-    for name, entry in header.tensors.items():
-        values = to_float32(weights[entry.start : entry.stop], entry.dtype)
-        tensors[name] = (dtype, entry.shape, from_float32(values, dtype))
+    for stack in stacks_of(base.targets_of(spec)):
+        stems = [f"{PREFIX}{target.path}" for target in stack.targets]
+        a_LRI = np.stack([values_of(f"{stem}.lora_A.weight") for stem in stems])
+        b_LRO = np.stack([values_of(f"{stem}.lora_B.weight").T for stem in stems])
+        for side, values in (("lora_A", a_LRI), ("lora_B", b_LRO)):
+            tensors[f"{stack.name}.{side}"] = (dtype, values.shape, from_float32(values, dtype))
     data = encode_adapter(tensors, base.digest, spec)
     check_adapter(data, base)
     return data
@@ -142,7 +163,30 @@ def to_peft(data: bytes, base: BaseInfo) -> dict[str, bytes]:
         "inference_mode": True,
     }
     text = json.dumps(config, indent=2).encode() + b"\n"
-    return {"adapter_config.json": text, "adapter_model.safetensors": data}
+    return {
+        "adapter_config.json": text,
+        "adapter_model.safetensors": _peft_weights(data, header, base),
+    }
+
+
+def _peft_weights(data: bytes, header: AdapterHeader, base: BaseInfo) -> bytes:
+    """An adapter file's values as PEFT's tensors, bit by bit the same."""
+
+    def layers_of(name: str) -> tuple[str, npt.NDArray[Any]]:
+        entry = header.tensors[name]
+        kind = "<u2" if entry.dtype == "BF16" else "<u4"
+        count = (entry.stop - entry.start) // np.dtype(kind).itemsize
+        return entry.dtype, np.frombuffer(data, kind, count, entry.start).reshape(entry.shape)
+
+    tensors: dict[str, TensorBytes] = {}
+    for stack in stacks_of(base.targets_of(header.spec)):
+        dtype, a_LRI = layers_of(f"{stack.name}.lora_A")
+        _, b_LRO = layers_of(f"{stack.name}.lora_B")
+        for target, a_RI, b_RO in zip(stack.targets, a_LRI, b_LRO, strict=True):
+            for side, values in (("lora_A", a_RI), ("lora_B", b_RO.T)):
+                name = f"{PREFIX}{target.path}.{side}.weight"
+                tensors[name] = (dtype, values.shape, values.tobytes())
+    return encode_safetensors(tensors, {"format": "pt"})
 
 
 def to_float32(raw: bytes, dtype: str) -> npt.NDArray[np.float32]:

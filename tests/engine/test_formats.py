@@ -1,4 +1,4 @@
-"""Training states: equal states are equal bytes, and anything else than a sound one is refused."""
+"""Revisions and training states as files: equal ones are equal bytes; unsound ones are refused."""
 
 import json
 from dataclasses import replace
@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openmint.engine.formats import decode_training, encode_training
+from openmint.engine.formats import AdapterArchive, decode_training, encode_training
 from openmint.engine.optimizer import AdamState
 from openmint.engine.runs import RunSnapshot
 from openmint.errors import InvalidRequest, OpenMintError
+from openmint.layers.adapters import AdapterLayout, AdapterWeights
+from openmint.store.blobs import BlobStore
 from openmint.store.safetensors_header import encode_safetensors, read_header
 from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule
 
@@ -36,6 +38,39 @@ def parts_of(data):
         for name, entry in header.tensors.items()
     }
     return tensors, dict(header.metadata)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_revisions_file_is_its_header_and_the_flat_vector(tmp_path, dtype):
+    targets = [
+        TargetModule(f"model.layers.{layer}.{name}", group, num_in, num_out)
+        for layer in range(11)  # 10 comes after 9 here, and before 2 among names
+        for name, group, num_in, num_out in (
+            ("mlp.up_proj", "mlp", 6, 10),
+            ("mlp.down_proj", "mlp", 10, 6),
+            ("self_attn.q_proj", "attn", 6, 4),
+        )
+    ]
+    base = replace(BASE, dtype=dtype, targets=(*targets, TargetModule("lm_head", "unembed", 6, 9)))
+    spec = LoraSpec(rank=3)
+    layout = AdapterLayout(spec, base.targets_of(spec))
+    flat_P = torch.randn(layout.num_params).to(getattr(torch, dtype))
+    archive = AdapterArchive(blobs := BlobStore(tmp_path), base)
+    digest, size = archive.save_revision(AdapterWeights(layout, flat_P))
+    data = blobs.get(digest)
+    assert len(data) == size
+    assert data.endswith(flat_P.view(torch.uint8).numpy().tobytes())
+    entries = read_header(data).tensors
+    assert list(entries) == sorted(entries)
+    assert entries["mlp.up_proj.lora_B"].shape == (11, 3, 10)
+    loaded = archive.load_revision(digest)
+    assert torch.equal(loaded.flat_P, flat_P)
+    # By name, too: a layer's A and B are where its views say.
+    at = entries["self_attn.q_proj.lora_B"]
+    stored = torch.frombuffer(bytearray(data[at.start : at.stop]), dtype=flat_P.dtype)
+    for layer in range(11):
+        _, b_RO = loaded.views[f"model.layers.{layer}.self_attn.q_proj"]
+        assert torch.equal(stored.view(11, 3, 4)[layer], b_RO)
 
 
 def test_a_state_comes_back_and_is_the_same_bytes_each_time():

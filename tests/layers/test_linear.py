@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor
@@ -242,9 +240,8 @@ def test_an_adapters_size_counts_the_tiles_that_sampling_reads() -> None:
     tiles = adapter.tiles(PATHS, "forth")
     attn = sum(view.nbytes for path in PATHS for view in adapter.views[path])
     # Panels of this layer are padded to 64 outputs; those of real layers hardly are.
-    assert adapter.num_bytes == 2 * adapter.flat_P.nbytes
+    assert adapter.num_bytes == adapter.tiles_bytes == adapter.flat_P.nbytes
     assert attn <= tiles.words_W.nbytes <= 2 * attn
-    assert ADAPTERS[3].num_bytes == ADAPTERS[3].flat_P.nbytes
 
 
 def test_weights_of_odd_widths_or_other_dtypes_are_left_to_torch() -> None:
@@ -257,8 +254,8 @@ def test_a_layout_gives_every_parameter_to_one_view() -> None:
     layout = AdapterLayout(LoraSpec(3), (*TARGETS, OTHER))
     flat_P = torch.arange(layout.num_params, dtype=torch.float64)
     parts = [part.flatten() for views in layout.views(flat_P).values() for part in views]
-    torch.testing.assert_close(torch.cat(parts), flat_P)
-    assert all(a[-1] + 1 == b[0] for a, b in pairwise(parts))
+    torch.testing.assert_close(torch.cat(parts).sort().values, flat_P)
+    assert all((part.diff() == 1).all() for part in parts)
     layout.views(flat_P)["k"][1].zero_()
     assert int((flat_P == 0).sum()) == 3 * 6 + 1
 

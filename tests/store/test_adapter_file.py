@@ -139,7 +139,7 @@ def test_admission_lists_what_differs_and_at_most_ten() -> None:
     for part in (f"{first}: missing", f"{second}: shape", f"{third}: dtype", "another: not a"):
         assert part in refusal.value.message
     assert f"{fourth}: NaN or infinite" in refusal.value.message
-    with pytest.raises(InvalidRequest, match="and 21 more") as refusal:
+    with pytest.raises(InvalidRequest, match="and 7 more") as refusal:
         check_adapter(encode_adapter({"a": ("F32", (1,), bytes(4))}, BASE.digest, SPEC), BASE)
     assert refusal.value.message.count("missing") == 10
 
@@ -226,7 +226,9 @@ def test_an_adapter_of_the_output_layer_goes_both_ways(tmp_path: Path) -> None:
 def test_import_rounds_to_the_dtype_of_the_base(tmp_path: Path) -> None:
     weights, config, _ = peft_files(tmp_path)
     data = from_peft(weights, config, dataclasses.replace(BASE, dtype="bfloat16"))
-    theirs, ours = safetensors.torch.load(weights), safetensors.torch.load(data)
+    exported = to_peft(data, dataclasses.replace(BASE, dtype="bfloat16"))
+    theirs = safetensors.torch.load(weights)
+    ours = safetensors.torch.load(exported["adapter_model.safetensors"])
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in ours)
 
