@@ -11,6 +11,7 @@ import numpy as np
 from openmint.config import WorkerConfig
 from openmint.engine.engine import Engine
 from openmint.journal.update_log import NoLog
+from openmint.residency.decisions import NoDecisions
 from openmint.scheduler.scheduler import Scheduler
 from openmint.scheduler.seams import Archive
 from openmint.scheduler.work import Command, Done, Failed, Submit, ToGateway
@@ -30,7 +31,14 @@ class InProcess:
         self._ended: list[Callable[[], None]] = []
         self._work_ids = count(1)
         self.scheduler = Scheduler(
-            engine, archive, NoLog(), config, lambda tokens: "", self._receive, self._background
+            engine,
+            archive,
+            NoLog(),
+            NoDecisions(),
+            config,
+            lambda tokens: "",
+            self._receive,
+            self._background,
         )
 
     def submit(self, command: Command) -> int:

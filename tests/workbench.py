@@ -17,6 +17,7 @@ from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
 from openmint.journal.update_log import NoLog, UpdateLog
 from openmint.models.loader import load_model
+from openmint.residency.decisions import Decision
 from openmint.scheduler.scheduler import Scheduler
 from openmint.scheduler.work import (
     Command,
@@ -105,6 +106,19 @@ def reference(directory: Path) -> Any:
     return model.eval()
 
 
+class Noted:
+    """Keeps decisions to be looked at."""
+
+    def __init__(self) -> None:
+        self.all: list[Decision] = []
+
+    def note(self, decision: Decision) -> None:
+        self.all.append(decision)
+
+    def flush(self) -> None:
+        pass
+
+
 class Workbench:
     """Submit commands, run the loop until it is idle, look at the answers."""
 
@@ -120,11 +134,13 @@ class Workbench:
         self.answers: dict[int, ToGateway] = {}
         self.deltas: list[Delta] = []
         self._ended: list[Callable[[], None]] = []
+        self.decisions = Noted()
         self.updates = journal and UpdateLog(journal, digest, self._ended.append)
         self.scheduler = Scheduler(
             self.engine,
             archive,
             self.updates or NoLog(),
+            self.decisions,
             self.config,
             decode_text,
             self._receive,

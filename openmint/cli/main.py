@@ -16,6 +16,7 @@ from openmint.cli import (
     doctor,
     journal,
     keys,
+    residency,
     tenants,
     tokenizer,
     transfer,
@@ -36,6 +37,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 backup.register(app)
 catalog_commands.register(app)
 chat.register(app)
+residency.register(app)
 tenants.register(app)
 transfer.register(app)
 doctor.register(app)

@@ -32,6 +32,7 @@ from openmint.journal.update_log import UpdateLog, folder_of
 from openmint.models.embedded import EMBEDDED_BASE, base_digest, resolve_base
 from openmint.models.loader import load_model
 from openmint.observe.logs import configure_logs
+from openmint.residency.decisions import DecisionLog, path_of
 from openmint.scheduler.scheduler import Scheduler
 from openmint.scheduler.work import (
     Cancel,
@@ -160,10 +161,12 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready
     archive = AdapterArchive(BlobStore(setup.data), base)
     folder = folder_of(setup.data, digest)
     updates = UpdateLog(folder, digest, inbox.post, setup.config.updates_per_sync)
+    decisions = DecisionLog(path_of(setup.data, digest), setup.config.host_bytes)
     scheduler = Scheduler(
         engine,
         archive,
         updates,
+        decisions,
         setup.config,
         lambda tokens: str(tokenizer.decode(tokens)),
         link.send,

@@ -33,6 +33,7 @@ from openmint.scheduler.prompt_scores import prompt_scores
 from openmint.scheduler.seams import (
     Archive,
     Background,
+    Decisions,
     EngineProtocol,
     LoggedUpdate,
     Update,
@@ -115,6 +116,7 @@ class Scheduler:
         engine: EngineProtocol,
         archive: Archive,
         updates: Updates,
+        decisions: Decisions,
         config: WorkerConfig,
         decode: DecodeText,
         send: Callable[[ToGateway], None],
@@ -134,7 +136,10 @@ class Scheduler:
             config.running_sequences,
             decode,
         )
-        self._tiers = Tiers(engine, archive, self._in_background, config, self._fail_revision)
+        self._decisions = decisions
+        self._tiers = Tiers(
+            engine, archive, self._in_background, config, decisions, self._fail_revision
+        )
         self._sampling: dict[int, Sampling] = {}
         self._prewarming: dict[int, Prewarming] = {}
         self._next_sequence_id = 0
@@ -575,6 +580,7 @@ class Scheduler:
     # -- gauges -----------------------------------------------------------------------------------
 
     def stats(self) -> WorkerStats:
+        self._decisions.flush()
         counters, pool, tiers = self._counters, self._batcher.pool, self._tiers
         return WorkerStats(
             num_running_sequences=len(self._batcher.running),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
+from openmint.residency.decisions import Decision
 from openmint.types import (
     AdamParams,
     BaseInfo,
@@ -125,6 +126,13 @@ class Updates(Protocol):
     def is_sound(self) -> bool: ...
     @property
     def num_bytes(self) -> int: ...
+
+
+class Decisions(Protocol):
+    """The log of what host memory does, `residency.decisions.DecisionLog` or `NoDecisions`."""
+
+    def note(self, decision: Decision) -> None: ...
+    def flush(self) -> None: ...
 
 
 Background = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]

@@ -14,11 +14,12 @@ from typing import Any
 
 from openmint.config import WorkerConfig
 from openmint.errors import Overloaded
+from openmint.residency.decisions import Decision
 from openmint.residency.eviction import LeastRecent, LeastWorth
 from openmint.residency.load_times import LoadTimes
 from openmint.residency.loads import LoadQueue
 from openmint.residency.tier import Tier
-from openmint.scheduler.seams import Archive, Background, EngineProtocol, Weights
+from openmint.scheduler.seams import Archive, Background, Decisions, EngineProtocol, Weights
 from openmint.types import Digest, Priority
 
 TURN_STEPS = 16
@@ -35,10 +36,11 @@ class Tiers:
         archive: Archive,
         background: Background,
         config: WorkerConfig,
+        decisions: Decisions,
         on_failed: Callable[[Digest, Exception], None],
     ) -> None:
         self._engine, self._archive, self._background = engine, archive, background
-        self._on_failed = on_failed
+        self._decisions, self._on_failed = decisions, on_failed
         self.times = LoadTimes()
         self.host = Tier(config.host_bytes, LeastWorth(self.times))
         self.slots = Tier(config.serving_bytes, LeastRecent())
@@ -57,13 +59,19 @@ class Tiers:
         Raises Overloaded, with nothing to release, when it can't be there by the deadline.
         """
         self.host.use(revision)
-        if not self.is_here(revision):
-            self.loads.want(revision, priority, time.monotonic(), deadline_at)
+        try:
+            if not self.is_here(revision):
+                self.loads.want(revision, priority, time.monotonic(), deadline_at)
+        except Overloaded:
+            self._decisions.note(Decision("refuse", revision))
+            raise
+        self._decisions.note(Decision("want", revision))
         self.host.pin(revision)
         self._start_loads()
 
     def release(self, revision: Digest) -> None:
         """One `want` of the revision is over."""
+        self._decisions.note(Decision("release", revision))
         self.host.unpin(revision)
         if not self.host.is_pinned(revision):
             self.loads.give_up(revision)
@@ -148,6 +156,7 @@ class Tiers:
                 weights, seconds = value
                 self.counters["loads"] += 1
                 self.times.learn(weights.num_bytes, seconds)
+                self._decisions.note(Decision("load", revision, weights.num_bytes, seconds))
                 error = self._why_never(revision, weights)
             if error is None:
                 self._landed[revision] = weights
@@ -165,9 +174,11 @@ class Tiers:
         for each in leaving:
             if each in self.slots:
                 self._empty_slot(each)
+            self._decisions.note(Decision("evict", each))
             self.host.evict(each)
             del self._weights[each]
             self.counters["evictions"] += 1
+        self._decisions.note(Decision("admit", revision, weights.num_bytes))
         self.host.admit(revision, weights.num_bytes)
         self._weights[revision] = weights
         return True

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from openmint.errors import NotFound, Overloaded
+from openmint.residency.decisions import Decision, redo
 from openmint.scheduler.scheduler import EXPIRY_SECONDS
 from openmint.scheduler.tiers import TURN_STEPS
 from openmint.scheduler.work import Cancel, SampleDelta, SampleResult, SampleWork
@@ -252,3 +253,8 @@ def test_random_lives_of_many_revisions_keep_the_books(model: Path, stored: Stor
     for work_id in live:
         assert bench.result(work_id).revision == wanted[work_id]
     assert_nothing_held(bench)
+    # The log tells all of it: done over, it comes to the same evictions.
+    start = Decision("start", num_bytes=int(4.5 * size))
+    pairs = list(redo([start, *bench.decisions.all]))
+    assert len([gone for gone, _ in pairs if gone]) > 5
+    assert all(gone == again for gone, again in pairs)

@@ -1,0 +1,153 @@
+"""The log of what a worker's host memory was asked for and did, so that it can be done over.
+
+Lines of JSON in `data/residency/<base>.jsonl`; when the file is long it becomes `<base>.1.jsonl`,
+in the place of the one before. Replaying the lines gives the same evictions (`redo`), and tells
+what another order or size of memory would have loaded (`openmint residency`). It is for looking,
+not for recovery: it isn't synced, and its last second may be missing after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from openmint.errors import InvalidRequest
+from openmint.residency.eviction import LeastWorth
+from openmint.residency.load_times import LoadTimes
+from openmint.residency.replay import Use
+from openmint.residency.tier import Tier
+from openmint.types import Digest
+
+MOST_BYTES = 32 << 20
+"""Of one file; about 300,000 lines."""
+
+NOBODY = Digest("")
+Kind = Literal["start", "want", "release", "refuse", "load", "admit", "evict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happened to a revision: it was wanted (and held), let go of, refused, loaded in so many
+    seconds, taken into host memory, or sent out of it. `start` begins a worker's memory anew."""
+
+    kind: Kind
+    revision: Digest = NOBODY
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+class DecisionLog:
+    """Appends decisions to a file of bounded length. For one thread."""
+
+    def __init__(self, path: Path, budget_bytes: int, most_bytes: int = MOST_BYTES) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._most_bytes = path, most_bytes
+        self._file = path.open("a")
+        self.note(Decision("start", num_bytes=budget_bytes))
+
+    def note(self, decision: Decision) -> None:
+        entry = [decision.kind, decision.revision, decision.num_bytes, decision.seconds]
+        self._file.write(json.dumps(entry) + "\n")
+
+    def flush(self) -> None:
+        """Give the lines to the system; start a new file when this one is long enough."""
+        self._file.flush()
+        if self._file.tell() > self._most_bytes:
+            self._file.close()
+            self._path.replace(older(self._path))
+            self._file = self._path.open("a")
+
+
+class NoDecisions:
+    """Stands where nobody wants to know."""
+
+    def note(self, decision: Decision) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+def older(path: Path) -> Path:
+    return path.with_suffix(".1.jsonl")
+
+
+def is_newest(path: Path) -> bool:
+    """Whether lines are appended to it, as against one that was set aside."""
+    return path.suffixes == [".jsonl"]
+
+
+def path_of(data: Path, base: Digest) -> Path:
+    return data / "residency" / f"{base.removeprefix('sha256:')}.jsonl"
+
+
+def read_decisions(path: Path) -> Iterator[Decision]:
+    """All that is kept, the oldest first; a line that a crash cut off is left out at the end.
+
+    Raises InvalidRequest for anything else that is no such line.
+    """
+    for file in (older(path), path):
+        if not file.is_file():
+            continue
+        lines = file.read_text().split("\n")
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                kind, revision, num_bytes, seconds = json.loads(line)
+            except ValueError:
+                raise InvalidRequest(
+                    f"{file}, line {number}, is no decision: {line[:80]!r}"
+                ) from None
+            yield Decision(kind, Digest(revision), num_bytes, seconds)
+
+
+def uses_of(decisions: Iterable[Decision]) -> list[Use]:
+    """What was wanted, with its size, in order; what never was in memory is left out."""
+    found = list(decisions)
+    sizes = {each.revision: each.num_bytes for each in found if each.kind == "admit"}
+    wanted = [each.revision for each in found if each.kind == "want"]
+    return [Use(revision, sizes[revision]) for revision in wanted if revision in sizes]
+
+
+def times_of(decisions: Iterable[Decision]) -> LoadTimes:
+    """What loads took."""
+    times = LoadTimes()
+    for each in decisions:
+        if each.kind == "load":
+            times.learn(each.num_bytes, each.seconds)
+    return times
+
+
+def redo(decisions: Iterable[Decision]) -> Iterator[tuple[list[Digest], list[Digest]]]:
+    """For each revision taken in, who was sent out for it, and whom the same order sends out now.
+
+    Begins with the first start that is kept.
+    """
+    tier: Tier | None = None
+    times, sent_out = LoadTimes(), list[Digest]()
+    for each in decisions:
+        if each.kind == "start":
+            times, sent_out = LoadTimes(), []
+            tier = Tier(each.num_bytes, LeastWorth(times))
+        if tier is None:
+            continue
+        match each.kind:
+            case "want":
+                tier.use(each.revision)
+                tier.pin(each.revision)
+            case "refuse":
+                tier.use(each.revision)
+            case "release":
+                tier.unpin(each.revision)
+            case "load":
+                times.learn(each.num_bytes, each.seconds)
+            case "evict":
+                sent_out.append(each.revision)
+            case "admit":
+                yield sent_out, tier.room_for(each.num_bytes) or []
+                for revision in sent_out:
+                    tier.evict(revision)
+                tier.admit(each.revision, each.num_bytes)
+                sent_out = []

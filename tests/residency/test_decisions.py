@@ -1,0 +1,81 @@
+"""The log of decisions: what is written is read, whole lines only, and files stay bounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from openmint.errors import InvalidRequest
+from openmint.residency.decisions import (
+    Decision,
+    DecisionLog,
+    older,
+    path_of,
+    read_decisions,
+    redo,
+    times_of,
+    uses_of,
+)
+from openmint.residency.replay import Use
+from openmint.types import Digest
+
+A, B, C = (Digest("sha256:" + letter * 64) for letter in "abc")
+
+
+def written(path: Path, decisions: list[Decision], **settings: int) -> None:
+    log = DecisionLog(path, 20, **settings)
+    for decision in decisions:
+        log.note(decision)
+        log.flush()
+
+
+def life(revision: Digest, num_bytes: int, seconds: float) -> list[Decision]:
+    """Of a revision that is wanted once and not there."""
+    return [
+        Decision("want", revision),
+        Decision("load", revision, num_bytes, seconds),
+        Decision("admit", revision, num_bytes),
+        Decision("release", revision),
+    ]
+
+
+def test_what_is_written_is_read_and_a_second_worker_goes_on(tmp_path: Path) -> None:
+    path = path_of(tmp_path, A)
+    written(path, life(A, 10, 0.5))
+    written(path, life(B, 5, 0.25))
+    start = Decision("start", num_bytes=20)
+    assert list(read_decisions(path)) == [start, *life(A, 10, 0.5), start, *life(B, 5, 0.25)]
+    assert uses_of(read_decisions(path)) == [Use(A, 10), Use(B, 5)]
+    assert times_of(read_decisions(path)).seconds(10) == pytest.approx(0.5)
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out_and_any_other_is_refused(tmp_path: Path) -> None:
+    path = path_of(tmp_path, A)
+    written(path, life(A, 10, 0.5))
+    whole = path.read_text()
+    path.write_text(whole + '["want", "sha')
+    assert len(list(read_decisions(path))) == 5
+    path.write_text(whole + "nonsense\n" + whole)
+    with pytest.raises(InvalidRequest, match=r"line 6, is no decision: 'nonsense'"):
+        list(read_decisions(path))
+
+
+def test_no_more_than_two_files_of_bounded_length_are_kept(tmp_path: Path) -> None:
+    path = path_of(tmp_path, A)
+    written(path, life(A, 10, 0.5) * 100, most_bytes=2000)
+    assert sorted(each.name for each in path.parent.iterdir()) == [older(path).name, path.name]
+    assert older(path).stat().st_size + path.stat().st_size < 2 * 2200
+    kept = list(read_decisions(path))
+    assert kept == ([*life(A, 10, 0.5)] * 100)[-len(kept) :]
+
+
+def test_doing_it_over_shows_a_decision_that_was_another(tmp_path: Path) -> None:
+    start = Decision("start", num_bytes=20)
+    lives = [*life(A, 10, 1.0), *life(B, 10, 1.0)]
+    third = life(C, 10, 1.0)
+    right = [start, *lives, *third[:2], Decision("evict", A), *third[2:]]
+    wrong = [start, *lives, *third[:2], Decision("evict", B), *third[2:]]
+    assert list(redo(right))[-1] == ([A], [A])
+    assert list(redo(wrong))[-1] == ([B], [A])
+    assert list(redo(lives)) == []  # how large the memory was is not known
