@@ -25,6 +25,7 @@ QUESTIONS = (
     "handoff",
     "durability",
     "eviction",
+    "wave",
     "startup",
     "control",
     "load",

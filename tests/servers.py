@@ -97,13 +97,13 @@ def running_server(
     options: Sequence[str] = (),
     environ: dict[str, str] | None = None,
 ) -> Iterator[TestServer]:
-    """Serve from a new data folder under `root` until the block ends.
+    """Serve from the data folder under `root`, which is made unless it is there.
 
     `bases_from` is a data folder whose converted bases are shared. At the end the process gets
     SIGTERM and must exit 0 without an error in its log.
     """
     data = root / "data"
-    data.mkdir(parents=True)
+    data.mkdir(parents=True, exist_ok=True)
     if bases_from is not None:
         (data / "bases").symlink_to((bases_from / "bases").resolve())
     server = start_server(root, data, bases=bases, options=options, environ=environ or {})
