@@ -26,6 +26,7 @@ from openmint import __version__
 from openmint.api.app import create_app
 from openmint.api.measure import Measure
 from openmint.catalog.catalog import Catalog
+from openmint.catalog.database import shown
 from openmint.cli.data_folder import ADMIN_KEY_FILE, opened_catalog, write_admin_key
 from openmint.cli.output import console
 from openmint.cluster.process import WorkerProcess, start_worker
@@ -286,6 +287,8 @@ def _say_start(settings: Settings, url: str, key_note: str) -> None:
     console.print(f"[bold]OpenMinT {__version__}[/bold]")
     console.print(f"  listening   {url}")
     console.print(f"  data        {settings.data.resolve()}")
+    if settings.database_url:
+        console.print(f"  catalogue   {shown(settings.database_url)}")
     console.print(f"  API key     {key_note}")
     for base in settings.bases:
         first = base == EMBEDDED_BASE and not (settings.data / "bases" / base).exists()
