@@ -55,6 +55,10 @@ class Catalog(
         """
         return cls(Database(url))
 
+    def claim(self) -> None:
+        """Be the one service on this database. Raises Conflict while another process is."""
+        self._database.claim()
+
     def close(self) -> None:
         """Wait for the write in progress, then let go of the database."""
         self._database.close()

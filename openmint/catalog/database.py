@@ -54,6 +54,9 @@ class Server(Protocol):
     def start(self) -> None:
         """Called once, first. Raises InvalidRequest for a database that won't do."""
 
+    def claim(self) -> None:
+        """See `Database.claim`."""
+
     def after_write(self, connection: Connection) -> None:
         """Called after each write, before the next."""
 
@@ -85,6 +88,14 @@ class Database:
         """Wait for the write in progress, then let go of the database."""
         with self._write_lock:
             self._server.close()
+
+    def claim(self) -> None:
+        """Be the one service on this database, until it is closed or the process ends.
+
+        Raises Conflict while another process is, a few seconds after it was asked.
+        """
+        with own_errors(self._server):
+            self._server.claim()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

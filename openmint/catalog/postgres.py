@@ -10,17 +10,24 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
 
-from openmint.errors import InvalidRequest, OpenMintError, Overloaded, StoreFailed
+from openmint.errors import Conflict, InvalidRequest, OpenMintError, Overloaded, StoreFailed
 
 WRITE_LOCK = 0x6F70656E6D696E74
 """Advisory lock of the one who writes ("openmint" in ASCII)."""
+SERVICE_LOCK = WRITE_LOCK + 1
+"""Of the one service on this database."""
 SESSION = {
     "timezone": "UTC",
     "synchronous_commit": "on",
     "lock_timeout": "5s",
     # A writer whose machine was cut off must not keep the others from writing for long.
     "idle_in_transaction_session_timeout": "60s",
+    # Nor must it keep a claim: that the machine is gone is noticed within a minute.
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
 }
 WRITES = {
     # What is read after the lock was got must be what its last holder wrote, not what was there
@@ -33,12 +40,12 @@ READS = {
     "default_transaction_read_only": "on",
 }
 REACH = {
-    "connect_timeout": "10",
-    # A server that vanished is noticed, not waited for.
-    "keepalives_idle": "30",
-    "keepalives_interval": "10",
+    # Reads hold the event loop, so a server that vanished is soon noticed.
+    "connect_timeout": "3",
+    "keepalives_idle": "10",
+    "keepalives_interval": "3",
     "keepalives_count": "3",
-    "tcp_user_timeout": "30000",
+    "tcp_user_timeout": "10000",
 }
 """Of the connection, in libpq's words; what the URL says goes before them."""
 LOCKED = frozenset({"40001", "40P01", "55P03"})
@@ -60,6 +67,7 @@ class Postgres:
         self.writer = _writer(url)
         self.readers = _engine(url, READS, pool_size=8, max_overflow=56)
         self.lookups = _engine(url, READS, isolation_level="AUTOCOMMIT", paramstyle="format")
+        self._claim: Connection | None = None
 
     def start(self) -> None:
         """Raises InvalidRequest for a database that can't hold all of Unicode."""
@@ -69,6 +77,19 @@ class Postgres:
             raise InvalidRequest(
                 f"the database's encoding is {encoding}; create it with ENCODING 'UTF8'"
             )
+
+    def claim(self) -> None:
+        """See `Server`. A connection holds the claim; should it be lost, so is the claim."""
+        self._claim = self.lookups.connect()
+        try:
+            self._claim.exec_driver_sql(f"SELECT pg_advisory_lock({SERVICE_LOCK})")
+        except DBAPIError as error:
+            self._claim.close()
+            if getattr(error.orig, "sqlstate", None) in LOCKED:
+                raise Conflict(
+                    "another server uses this database; stop it, or give this one its own"
+                ) from None
+            raise
 
     def after_write(self, connection: Connection) -> None:
         pass
@@ -85,6 +106,8 @@ class Postgres:
         return f"PostgreSQL {version}", doubts
 
     def close(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
         for engine in (self.lookups, self.readers, self.writer):
             engine.dispose()
 

@@ -67,6 +67,9 @@ class Sqlite:
                     raise
             time.sleep(WAL_RETRY_SECONDS)
 
+    def claim(self) -> None:
+        """See `Server`. The lock of the data folder sees to it."""
+
     def after_write(self, connection: Connection) -> None:
         self._num_writes += 1
         if self._num_writes % WRITES_PER_WAL_CHECKPOINT == 0:

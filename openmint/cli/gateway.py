@@ -52,11 +52,12 @@ DEFAULT_TENANT = Tenant("default")
 
 
 def run_gateway(settings: Settings, listener: socket.socket) -> None:
-    """Serve until a signal. Raises InvalidRequest for settings that can't work, ServiceError when a
-    base doesn't load."""
+    """Serve until a signal. Raises InvalidRequest for settings that can't work, Conflict when
+    another server uses the database, ServiceError when a base doesn't load."""
     configure_logs()
     _check_bases(settings)
     with opened_catalog(settings, create=True) as catalog:
+        catalog.claim()
         key_note = ensure_key(settings, catalog)
         url = url_of(settings.host, listener)
         _say_start(settings, url, key_note)

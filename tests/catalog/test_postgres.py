@@ -8,7 +8,7 @@ from openmint.catalog import tables as t
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.database import Database
 from openmint.catalog.postgres import WRITE_LOCK
-from openmint.errors import InvalidRequest, Overloaded
+from openmint.errors import Conflict, InvalidRequest, Overloaded
 from tests.catalog.made import ANN, SESSION, add_run
 from tests.postgres import PostgresServer
 
@@ -83,6 +83,17 @@ def test_a_write_that_waits_too_long_for_another_process_may_be_retried(
     assert catalog.add_session(ANN, SESSION).status == "open"
 
 
+def test_a_second_service_on_the_database_is_refused(url: str) -> None:
+    first, second = Catalog.open(url), Catalog.open(url)
+    first.claim()
+    with pytest.raises(Conflict, match="another server"):
+        second.claim()
+    second.add_session(ANN, SESSION)
+    first.close()
+    second.claim()
+    second.close()
+
+
 def test_after_a_lost_connection_a_retry_succeeds(catalog: Catalog, url: str) -> None:
     key, _ = catalog.create_key(ANN, "read")
     calls = (
@@ -115,11 +126,10 @@ def test_a_server_that_is_not_there_may_come_back(postgres: PostgresServer) -> N
         Database(postgres.url("missing"))
 
 
-def test_a_database_of_another_encoding_is_refused(postgres: PostgresServer, url: str) -> None:
-    postgres.execute("CREATE DATABASE latin TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'")
-    postgres.databases.append("latin")
-    with pytest.raises(InvalidRequest, match="UTF8"):
-        Database(postgres.url("latin"))
+def test_a_database_of_another_encoding_is_refused(postgres: PostgresServer) -> None:
+    latin = postgres.new_database("ENCODING LATIN1 LOCALE 'C'")
+    with latin as url, pytest.raises(InvalidRequest, match="UTF8"):
+        Database(url)
 
 
 def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
