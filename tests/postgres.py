@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests, and databases on it that last as long as a test."""
+"""A PostgreSQL server for tests, and databases on it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pathlib import Path
 import psycopg
 
 from openmint.catalog.database import Database
+from openmint.catalog.tables import METADATA
 
 UNPRIVILEGED = "nobody"
 """Who runs the server when we are root, which PostgreSQL refuses."""
-TEMPLATE = "catalogue"
+CATALOGUE = "catalogue"
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,33 @@ class PostgresServer:
 
     folder: Path
     numbers: Iterator[int] = field(default_factory=itertools.count)
-    databases: list[str] = field(default_factory=list)
-    """Those of the test that runs."""
 
     def url(self, database: str) -> str:
         return f"postgresql://postgres@/{database}?host={self.folder}"
 
-    def new_database(self, *, empty: bool = False) -> str:
-        """The URL of a database with the catalogue's tables, or without any."""
+    def emptied_catalogue(self) -> str:
+        """The URL of a catalogue without records. There is one: a database for each test would
+        take longer than the test."""
+        with psycopg.connect(self.url(CATALOGUE)) as connection:
+            connection.execute("SET session_replication_role = replica")  # no triggers, no keys
+            for table in METADATA.tables:
+                connection.execute(f"DELETE FROM {table}".encode())
+        return self.url(CATALOGUE)
+
+    @contextmanager
+    def new_database(self, options: str = "ENCODING UTF8") -> Iterator[str]:
+        """The URL of a database without tables, until the block ends."""
         name = f"test_{next(self.numbers)}"
-        template = "template0" if empty else TEMPLATE
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-        self.databases.append(name)
-        return self.url(name)
+        self._execute(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
+        try:
+            yield self.url(name)
+        finally:
+            self._execute(f"DROP DATABASE {name} WITH (FORCE)")
 
-    def drop_databases(self) -> None:
-        """Also those that somebody is still connected to."""
-        while self.databases:
-            self.execute(f"DROP DATABASE {self.databases.pop()} WITH (FORCE)")
-
-    def execute(self, statement: str) -> None:
+    def _execute(self, statement: str) -> None:
         """Outside of any transaction, as the superuser."""
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[call-overload]
+            connection.execute(statement.encode())
 
 
 def find_binaries() -> Path | None:
@@ -68,7 +73,7 @@ def find_binaries() -> Path | None:
 
 @contextmanager
 def running_postgres(binaries: Path) -> Iterator[PostgresServer]:
-    """A server with a template of the catalogue, until the block ends; then nothing is left."""
+    """A server with a catalogue, until the block ends; then nothing is left."""
     with tempfile.TemporaryDirectory(prefix="openmint-pg-") as name:
         folder = Path(name)
         if os.geteuid() == 0:
@@ -79,8 +84,8 @@ def running_postgres(binaries: Path) -> Iterator[PostgresServer]:
         _run(binaries / "pg_ctl", "start", "-w", "-D", data, "-o", options, "-l", f"{folder}/log")
         try:
             server = PostgresServer(folder)
-            server.execute(f"CREATE DATABASE {TEMPLATE} TEMPLATE template0")
-            Database(server.url(TEMPLATE)).close()
+            server._execute(f"CREATE DATABASE {CATALOGUE} TEMPLATE template0")
+            Database(server.url(CATALOGUE)).close()
             yield server
         finally:
             _run(binaries / "pg_ctl", "stop", "-w", "-m", "fast", "-D", data)

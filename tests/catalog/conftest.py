@@ -17,15 +17,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def new_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NewUrl]:
-    """Gives the URL of another new database each time."""
+def new_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> NewUrl:
+    """Gives the URL of a catalogue without records each time, after the one before is closed."""
     if kind == "postgresql":
         postgres: PostgresServer = request.getfixturevalue("postgres")
-        yield postgres.new_database
-        postgres.drop_databases()
-    else:
-        numbers = iter(range(1000))
-        yield lambda: f"sqlite:///{tmp_path}/catalog-{next(numbers)}.db"
+        return postgres.emptied_catalogue
+    numbers = iter(range(1000))
+    return lambda: f"sqlite:///{tmp_path}/catalog-{next(numbers)}.db"
 
 
 @pytest.fixture
@@ -34,12 +32,14 @@ def url(new_url: NewUrl) -> str:
 
 
 @pytest.fixture
-def empty_url(kind: str, request: pytest.FixtureRequest, url: str) -> str:
+def empty_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a database without tables, as a first start finds it."""
     if kind == "postgresql":
         postgres: PostgresServer = request.getfixturevalue("postgres")
-        return postgres.new_database(empty=True)
-    return url
+        with postgres.new_database() as url:
+            yield url
+    else:
+        yield f"sqlite:///{tmp_path}/empty.db"
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from tests.postgres import PostgresServer
 from tests.servers import (
     TestServer,
     gateway_of,
-    run_cli_json,
     start_server,
     stop_server,
     wait_until_ready,
@@ -55,35 +54,38 @@ def ask(server: TestServer, method: str, path: str, **options: Any) -> Any:
     return answer.raise_for_status().json()
 
 
-def test_a_client_trains_and_promotes_through_a_killed_gateway(
+@pytest.fixture
+def server(
     tiny_base: Callable[[str], Path], tmp_path: Path, postgres: PostgresServer
-) -> None:
-    environ = {"OPENMINT_DATABASE_URL": postgres.new_database(empty=True)}
-    data = tmp_path / "data"
-    server = start_server(tmp_path, data, bases=[str(tiny_base("llama"))], environ=environ)
-    try:
+) -> Iterator[TestServer]:
+    with postgres.new_database() as url:
+        environ = {"OPENMINT_DATABASE_URL": url}
+        bases = [str(tiny_base("llama"))]
+        running = start_server(tmp_path, tmp_path / "data", bases=bases, environ=environ)
+        try:
+            wait_until_ready(running)
+            yield running
+        finally:
+            stop_server(running)
+
+
+def test_a_client_trains_and_promotes_through_a_killed_gateway(server: TestServer) -> None:
+    with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
+        run = new_run(service)
+        run.forward_backward(JOB.data(0), JOB.loss).result()
+        update(run)
+        path = save(run, "one")
+        tokens = drawn(service, path)
+        ask(server, "POST", "/aliases/prod/promote", json={"revision": "latest"})
+        aliases, revisions = ask(server, "GET", "/aliases"), ask(server, "GET", "/revisions")
+        waiting = run.forward_backward(JOB.data(1), JOB.loss)
+        gateway_of(server).kill()
+        waiting.result()
         wait_until_ready(server)
-        with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
-            run = new_run(service)
-            run.forward_backward(JOB.data(0), JOB.loss).result()
-            update(run)
-            path = save(run, "one")
-            tokens = drawn(service, path)
-            ask(server, "POST", "/aliases/prod/promote", json={"revision": "latest"})
-            aliases, revisions = ask(server, "GET", "/aliases"), ask(server, "GET", "/revisions")
-            waiting = run.forward_backward(JOB.data(1), JOB.loss)
-            gateway_of(server).kill()
-            waiting.result()
-            wait_until_ready(server)
-            assert ask(server, "GET", "/aliases") == aliases
-            assert ask(server, "GET", "/revisions") == revisions
-            assert drawn(service, path) == tokens
-            update(run)
-            assert save(run, "two") != path
-        assert len(ask(server, "GET", "/revisions")["items"]) == 2
-        keys: Any = run_cli_json("keys", "list", "--data", str(data), environ=environ)
-        assert [key["role"] for key in keys] == ["admin"]
-        assert not (data / "openmint.db").exists()
-    finally:
-        stop_server(server)
-    postgres.drop_databases()
+        assert ask(server, "GET", "/aliases") == aliases
+        assert ask(server, "GET", "/revisions") == revisions
+        assert drawn(service, path) == tokens
+        update(run)
+        assert save(run, "two") != path
+    assert len(ask(server, "GET", "/revisions")["items"]) == 2
+    assert not (server.data / "openmint.db").exists()
