@@ -150,7 +150,9 @@ class Settings:
     bases: tuple[str, ...] = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
     """Resident base models: the embedded name, or local Hugging Face folders."""
     database_url: str = ""
-    """SQLAlchemy URL of the catalogue; empty means SQLite inside the data folder."""
+    """The catalogue's database: `postgresql://user:password@host/database` (docs/operations.md) or
+    `sqlite:///path`; empty means SQLite inside the data folder. Set the environment variable, so
+    that `openmint keys` and `doctor` use it too."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
 

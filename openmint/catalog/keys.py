@@ -7,7 +7,7 @@ import hmac
 import secrets
 from datetime import datetime
 
-from sqlalchemy import Connection, exists, select, update
+from sqlalchemy import Connection, bindparam, exists, select, update
 
 from openmint.catalog import tables as t
 from openmint.catalog.audit import note_event
@@ -20,10 +20,9 @@ from openmint.types import Tenant
 PREFIX = "tml-om"
 MAX_KEY_CHARS = 200
 PEPPER = "key_pepper"
-USABLE_KEY = (
-    "SELECT tenant, role, secret_hash, expires_at FROM api_key "
-    "WHERE key_id = ? AND revoked_at IS NULL"
-)
+USABLE_KEY = select(
+    t.api_key.c.tenant, t.api_key.c.role, t.api_key.c.secret_hash, t.api_key.c.expires_at
+).where(t.api_key.c.key_id == bindparam("key"), t.api_key.c.revoked_at.is_(None))
 
 
 class KeyRecords:
@@ -114,6 +113,6 @@ def load_pepper(connection: Connection) -> bytes:
     return pepper
 
 
-def _unexpired(expires_at: float | None) -> bool:
-    """Whether a key that may end at a Unix time is still good."""
-    return expires_at is None or expires_at > now().timestamp()
+def _unexpired(expires_at: datetime | None) -> bool:
+    """Whether a key that may end is still good."""
+    return expires_at is None or expires_at > now()

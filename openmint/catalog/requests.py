@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, bindparam, case, delete, select, update
+from sqlalchemy import Boolean, Connection, Executable, bindparam, case, delete, select, update
 
 from openmint.catalog import tables as t
-from openmint.catalog.database import Database
+from openmint.catalog.database import Database, insert_into
 from openmint.catalog.garbage import doom
 from openmint.catalog.records import Finished, RequestRecord, SavedState
 from openmint.catalog.rows import REQUESTS, many
@@ -35,7 +35,11 @@ class RequestRecords:
     def write_requests(
         self, accepted: Sequence[RequestRecord], finished: Sequence[Finished]
     ) -> None:
-        """Write down new requests and outcomes of earlier ones, all of them or none."""
+        """Write down new requests and outcomes of earlier ones, all of them or none.
+
+        Safe to repeat: when the connection is lost during a commit, nobody knows whether what
+        was accepted is there, so it takes the place of what is.
+        """
         rows = [{f.name: getattr(each, f.name) for f in fields(each)} for each in accepted]
         ends = [
             {**_key(each.run_id, each.seq), "_status": each.status, "_outcome": each.outcome}
@@ -51,7 +55,7 @@ class RequestRecords:
         }
         with self._database.write() as connection:
             if rows:
-                connection.execute(t.request.insert(), rows)
+                connection.execute(_accept(connection), rows)
             if ends:
                 connection.execute(update(t.request).where(THIS).values(values), ends)
 
@@ -111,6 +115,14 @@ class RequestRecords:
         with self._database.write() as connection:
             connection.execute(delete(t.request).where(THIS, t.request.c.body.is_(None)), rows)
             connection.execute(update(t.request).where(THIS).values(outcome=None), rows)
+
+
+def _accept(connection: Connection) -> Executable:
+    statement = insert_into(connection, t.request)
+    key = [t.request.c.run_id, t.request.c.seq]
+    again = {c.name: statement.excluded[c.name] for c in t.request.c if not c.primary_key}
+    waits = t.request.c.status == "accepted"
+    return statement.on_conflict_do_update(index_elements=key, set_=again, where=waits)
 
 
 def drop_requests(connection: Connection, session_ids: Sequence[SessionId]) -> None:

@@ -1,40 +1,23 @@
-"""The tables. Portable SQL; what only SQLite needs is marked so. Times: UTC epoch seconds."""
+"""The tables, in portable SQL; what only SQLite needs is marked so."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import (
-    JSON,
     Boolean,
     Column,
-    Dialect,
     Float,
     ForeignKey,
     Index,
-    Integer,
     LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     Table,
-    Text,
-    TypeDecorator,
     UniqueConstraint,
 )
 
-
-class Instant(TypeDecorator[datetime]):
-    """An aware UTC datetime, stored as epoch seconds so that order and arithmetic stay plain."""
-
-    impl = Float
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> float | None:
-        return None if value is None else value.timestamp()
-
-    def process_result_value(self, value: float | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else datetime.fromtimestamp(value, UTC)
-
+from openmint.catalog.columns import INT64, JSON, NULLABLE_JSON, TEXT, Instant
 
 METADATA = MetaData(
     naming_convention={
@@ -46,14 +29,14 @@ METADATA = MetaData(
 )
 
 
-def _required(name: str, kind: type[TypeDecorator[datetime]] | type[Text]) -> Column[object]:
+def _required(name: str, kind: Any) -> Column[object]:
     return Column(name, kind, nullable=False)
 
 
 def _spec_columns() -> tuple[Column[object], ...]:
     """LoraSpec, one column per field."""
     return (
-        Column("rank", Integer, nullable=False),
+        Column("rank", INT64, nullable=False),
         Column("alpha", Float, nullable=False),
         Column("train_attn", Boolean, nullable=False),
         Column("train_mlp", Boolean, nullable=False),
@@ -64,17 +47,17 @@ def _spec_columns() -> tuple[Column[object], ...]:
 setting = Table(
     "setting",
     METADATA,
-    Column("name", Text, primary_key=True),
+    Column("name", TEXT, primary_key=True),
     Column("value", LargeBinary, nullable=False),
 )
 
 api_key = Table(
     "api_key",
     METADATA,
-    Column("key_id", Text, primary_key=True),
-    _required("tenant", Text),
-    _required("role", Text),
-    _required("note", Text),
+    Column("key_id", TEXT, primary_key=True),
+    _required("tenant", TEXT),
+    _required("role", TEXT),
+    _required("note", TEXT),
     Column("secret_hash", LargeBinary, nullable=False),
     _required("created_at", Instant),
     Column("expires_at", Instant),
@@ -85,19 +68,19 @@ api_key = Table(
 session = Table(
     "session",
     METADATA,
-    Column("session_id", Text, primary_key=True),
-    _required("tenant", Text),
+    Column("session_id", TEXT, primary_key=True),
+    _required("tenant", TEXT),
     Column("tags", JSON, nullable=False),
     Column("user_metadata", JSON, nullable=False),
-    Column("display_name", Text),
-    Column("project_id", Text),
-    Column("sdk_version", Text),
+    Column("display_name", TEXT),
+    Column("project_id", TEXT),
+    Column("sdk_version", TEXT),
     _required("created_at", Instant),
     _required("last_seen_at", Instant),
     Column("finished_at", Instant),
-    _required("status", Text),
-    Column("finish_reason", Text),
-    Column("finish_detail", Text),
+    _required("status", TEXT),
+    Column("finish_reason", TEXT),
+    Column("finish_detail", TEXT),
     Index(None, "tenant", "created_at", "session_id"),
     Index(None, "status", "last_seen_at"),
 )
@@ -105,11 +88,11 @@ session = Table(
 policy = Table(
     "policy",
     METADATA,
-    Column("policy_id", Integer, primary_key=True),
-    _required("tenant", Text),
-    _required("name", Text),
-    _required("base_name", Text),
-    _required("base_digest", Text),
+    Column("policy_id", INT64, primary_key=True),
+    _required("tenant", TEXT),
+    _required("name", TEXT),
+    _required("base_name", TEXT),
+    _required("base_digest", TEXT),
     Column("user_metadata", JSON, nullable=False),
     _required("created_at", Instant),
     UniqueConstraint("tenant", "name"),
@@ -118,22 +101,22 @@ policy = Table(
 run = Table(
     "run",
     METADATA,
-    Column("run_id", Text, primary_key=True),
-    Column("session_id", Text, ForeignKey("session.session_id"), nullable=False),
-    _required("tenant", Text),
-    Column("policy_id", Integer, ForeignKey("policy.policy_id"), nullable=False),
-    Column("model_seq_id", Integer, nullable=False),
+    Column("run_id", TEXT, primary_key=True),
+    Column("session_id", TEXT, ForeignKey("session.session_id"), nullable=False),
+    _required("tenant", TEXT),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    Column("model_seq_id", INT64, nullable=False),
     *_spec_columns(),
-    Column("seed", Integer),
+    Column("seed", INT64),
     Column("user_metadata", JSON, nullable=False),
-    Column("optimizer_config", JSON(none_as_null=True)),
+    Column("optimizer_config", NULLABLE_JSON),
     _required("created_at", Instant),
     _required("last_request_at", Instant),
-    _required("status", Text),
-    Column("num_optim_steps", Integer, nullable=False),
+    _required("status", TEXT),
+    Column("num_optim_steps", INT64, nullable=False),
     # From where the run is rebuilt: its state after that request. See catalog/requests.py.
-    Column("snapshot_digest", Text),
-    Column("snapshot_seq", Integer),
+    Column("snapshot_digest", TEXT),
+    Column("snapshot_seq", INT64),
     # A retried create_model finds its first attempt here.
     UniqueConstraint("session_id", "model_seq_id"),
     Index(None, "tenant", "created_at", "run_id"),
@@ -145,16 +128,16 @@ request = Table(
     "request",
     METADATA,
     # No reference to a run: the first request is there before its run is.
-    Column("run_id", Text, nullable=False),
-    Column("seq", Integer, nullable=False),
-    Column("session_id", Text, ForeignKey("session.session_id"), nullable=False),
-    _required("tenant", Text),
-    _required("request_id", Text),
-    _required("kind", Text),
+    Column("run_id", TEXT, nullable=False),
+    Column("seq", INT64, nullable=False),
+    Column("session_id", TEXT, ForeignKey("session.session_id"), nullable=False),
+    _required("tenant", TEXT),
+    _required("request_id", TEXT),
+    _required("kind", TEXT),
     Column("fingerprint", LargeBinary, nullable=False),
-    _required("status", Text),
+    _required("status", TEXT),
     Column("body", LargeBinary),
-    Column("needs", Text),
+    Column("needs", TEXT),
     Column("outcome", LargeBinary),
     PrimaryKeyConstraint("run_id", "seq"),
     Index(None, "session_id"),
@@ -164,15 +147,15 @@ request = Table(
 revision = Table(
     "revision",
     METADATA,
-    Column("policy_id", Integer, ForeignKey("policy.policy_id"), nullable=False),
-    Column("number", Integer, nullable=False),
-    _required("digest", Text),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    Column("number", INT64, nullable=False),
+    _required("digest", TEXT),
     *_spec_columns(),
-    Column("parent_digest", Text),
-    Column("run_id", Text, ForeignKey("run.run_id")),
-    Column("num_optim_steps", Integer, nullable=False),
-    Column("size_bytes", Integer, nullable=False),
-    _required("origin", Text),
+    Column("parent_digest", TEXT),
+    Column("run_id", TEXT, ForeignKey("run.run_id")),
+    Column("num_optim_steps", INT64, nullable=False),
+    Column("size_bytes", INT64, nullable=False),
+    _required("origin", TEXT),
     Column("ephemeral", Boolean, nullable=False),
     Column("user_metadata", JSON, nullable=False),
     _required("created_at", Instant),
@@ -191,14 +174,14 @@ revision = Table(
 checkpoint = Table(
     "checkpoint",
     METADATA,
-    Column("run_id", Text, ForeignKey("run.run_id"), nullable=False),
-    _required("segment", Text),
-    _required("name", Text),
-    _required("tenant", Text),
-    _required("digest", Text),
-    Column("size_bytes", Integer, nullable=False),
+    Column("run_id", TEXT, ForeignKey("run.run_id"), nullable=False),
+    _required("segment", TEXT),
+    _required("name", TEXT),
+    _required("tenant", TEXT),
+    _required("digest", TEXT),
+    Column("size_bytes", INT64, nullable=False),
     *_spec_columns(),
-    Column("num_optim_steps", Integer, nullable=False),
+    Column("num_optim_steps", INT64, nullable=False),
     Column("public", Boolean, nullable=False),
     Column("user_metadata", JSON, nullable=False),
     _required("created_at", Instant),
@@ -213,15 +196,15 @@ checkpoint = Table(
 sampler = Table(
     "sampler",
     METADATA,
-    Column("sampler_id", Text, primary_key=True),
-    Column("session_id", Text, ForeignKey("session.session_id"), nullable=False),
-    _required("tenant", Text),
-    Column("seq_id", Integer, nullable=False),
-    _required("base_name", Text),
-    _required("base_digest", Text),
-    Column("revision", Text),
-    Column("model_path", Text),
-    Column("inflight_run", Text),
+    Column("sampler_id", TEXT, primary_key=True),
+    Column("session_id", TEXT, ForeignKey("session.session_id"), nullable=False),
+    _required("tenant", TEXT),
+    Column("seq_id", INT64, nullable=False),
+    _required("base_name", TEXT),
+    _required("base_digest", TEXT),
+    Column("revision", TEXT),
+    Column("model_path", TEXT),
+    Column("inflight_run", TEXT),
     _required("created_at", Instant),
     UniqueConstraint("session_id", "seq_id"),
     Index(None, "revision"),
@@ -231,16 +214,16 @@ doomed_blob = Table(
     "doomed_blob",
     METADATA,
     # Bytes that lost a record; see catalog/garbage.py.
-    Column("digest", Text, primary_key=True),
+    Column("digest", TEXT, primary_key=True),
 )
 
 alias = Table(
     "alias",
     METADATA,
-    Column("policy_id", Integer, ForeignKey("policy.policy_id"), nullable=False),
-    _required("name", Text),
-    _required("digest", Text),
-    Column("version", Integer, nullable=False),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("name", TEXT),
+    _required("digest", TEXT),
+    Column("version", INT64, nullable=False),
     _required("updated_at", Instant),
     PrimaryKeyConstraint("policy_id", "name"),
     Index(None, "policy_id", "digest"),
@@ -250,14 +233,14 @@ alias = Table(
 alias_event = Table(
     "alias_event",
     METADATA,
-    Column("event_id", Integer, primary_key=True),
-    Column("policy_id", Integer, ForeignKey("policy.policy_id"), nullable=False),
-    _required("alias", Text),
-    _required("action", Text),
-    Column("from_digest", Text),
-    _required("to_digest", Text),
-    _required("actor", Text),
-    _required("reason", Text),
+    Column("event_id", INT64, primary_key=True),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("alias", TEXT),
+    _required("action", TEXT),
+    Column("from_digest", TEXT),
+    _required("to_digest", TEXT),
+    _required("actor", TEXT),
+    _required("reason", TEXT),
     _required("created_at", Instant),
     Index(None, "policy_id", "alias", "event_id"),
 )
@@ -265,9 +248,9 @@ alias_event = Table(
 evaluation_task = Table(
     "evaluation_task",
     METADATA,
-    _required("tenant", Text),
-    _required("name", Text),
-    _required("digest", Text),
+    _required("tenant", TEXT),
+    _required("name", TEXT),
+    _required("digest", TEXT),
     Column("body", JSON, nullable=False),
     _required("created_at", Instant),
     PrimaryKeyConstraint("tenant", "name", "digest"),
@@ -276,20 +259,20 @@ evaluation_task = Table(
 evaluation = Table(
     "evaluation",
     METADATA,
-    Column("evaluation_id", Integer, primary_key=True),
-    _required("tenant", Text),
-    Column("policy_id", Integer, ForeignKey("policy.policy_id")),
-    Column("digest", Text),
-    _required("base_name", Text),
-    _required("task_name", Text),
-    _required("task_digest", Text),
-    Column("seed", Integer, nullable=False),
-    Column("num_items", Integer, nullable=False),
-    Column("num_correct", Integer, nullable=False),
+    Column("evaluation_id", INT64, primary_key=True),
+    _required("tenant", TEXT),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id")),
+    Column("digest", TEXT),
+    _required("base_name", TEXT),
+    _required("task_name", TEXT),
+    _required("task_digest", TEXT),
+    Column("seed", INT64, nullable=False),
+    Column("num_items", INT64, nullable=False),
+    Column("num_correct", INT64, nullable=False),
     Column("score", Float),
     Column("sampling", JSON, nullable=False),
-    _required("status", Text),
-    Column("error", Text),
+    _required("status", TEXT),
+    Column("error", TEXT),
     _required("created_at", Instant),
     Column("finished_at", Instant),
     Index(None, "tenant", "evaluation_id"),
@@ -299,11 +282,11 @@ evaluation = Table(
 audit_event = Table(
     "audit_event",
     METADATA,
-    Column("event_id", Integer, primary_key=True),
-    _required("tenant", Text),
-    _required("actor", Text),
-    _required("action", Text),
-    _required("subject", Text),
+    Column("event_id", INT64, primary_key=True),
+    _required("tenant", TEXT),
+    _required("actor", TEXT),
+    _required("action", TEXT),
+    _required("subject", TEXT),
     Column("details", JSON, nullable=False),
     _required("created_at", Instant),
     Index(None, "tenant", "event_id"),
@@ -312,24 +295,24 @@ audit_event = Table(
 quota = Table(
     "quota",
     METADATA,
-    Column("tenant", Text, primary_key=True),
-    Column("requests_per_minute", Integer),
-    Column("tokens_per_minute", Integer),
-    Column("resident_adapters", Integer),
-    Column("stored_bytes", Integer),
+    Column("tenant", TEXT, primary_key=True),
+    Column("requests_per_minute", INT64),
+    Column("tokens_per_minute", INT64),
+    Column("resident_adapters", INT64),
+    Column("stored_bytes", INT64),
 )
 
 usage = Table(
     "usage",
     METADATA,
-    _required("tenant", Text),
-    _required("base_name", Text),
+    _required("tenant", TEXT),
+    _required("base_name", TEXT),
     _required("hour", Instant),
-    Column("trained_tokens", Integer, nullable=False),
-    Column("prompt_tokens", Integer, nullable=False),
-    Column("cached_tokens", Integer, nullable=False),
-    Column("sampled_tokens", Integer, nullable=False),
-    Column("checkpoints", Integer, nullable=False),
+    Column("trained_tokens", INT64, nullable=False),
+    Column("prompt_tokens", INT64, nullable=False),
+    Column("cached_tokens", INT64, nullable=False),
+    Column("sampled_tokens", INT64, nullable=False),
+    Column("checkpoints", INT64, nullable=False),
     Column("engine_seconds", Float, nullable=False),
     PrimaryKeyConstraint("tenant", "base_name", "hour"),
     Index(None, "hour"),

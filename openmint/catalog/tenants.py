@@ -8,11 +8,10 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import delete, func, select
-from sqlalchemy.dialects.sqlite import insert
 
 from openmint.catalog import tables as t
 from openmint.catalog.audit import note_event
-from openmint.catalog.database import Database
+from openmint.catalog.database import Database, insert_into
 from openmint.catalog.records import Quota, UsageHour
 from openmint.catalog.rows import MAX_LIST, USAGE_HOURS, many
 from openmint.types import Tenant
@@ -61,11 +60,11 @@ class TenantRecords:
 
     def add_usage(self, hours: Sequence[UsageHour]) -> None:
         """Add to what is there for the same tenant, base and hour."""
-        statement = insert(t.usage)
-        sums = {name: t.usage.c[name] + statement.excluded[name] for name in COUNTS}
         key = [t.usage.c.tenant, t.usage.c.base_name, t.usage.c.hour]
-        statement = statement.on_conflict_do_update(index_elements=key, set_=sums)
         with self._database.write() as connection:
+            statement = insert_into(connection, t.usage)
+            sums = {name: t.usage.c[name] + statement.excluded[name] for name in COUNTS}
+            statement = statement.on_conflict_do_update(index_elements=key, set_=sums)
             connection.execute(statement, [asdict(hour) for hour in hours])
 
     def usage(

@@ -16,9 +16,11 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from openmint.catalog.database import shown
 from openmint.cli.data_folder import ADMIN_KEY_FILE, DATABASE_FILE
 from openmint.cli.output import console, progress
 from openmint.cli.remote import DEFAULT_DATA, DataOption
+from openmint.config import load_settings
 from openmint.errors import InvalidRequest, StoreFailed
 from openmint.journal.update_log import SUFFIX, Segment
 from openmint.store.blobs import BlobStore
@@ -46,9 +48,19 @@ def backup(
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Copy a data folder, also while a server uses it. Restore: `openmint serve --data` the copy,
-    or a copy of it. Converted bases are left out; they are made again from the packages."""
+    or a copy of it. Converted bases are left out; they are made again from the packages. Of a
+    catalogue on PostgreSQL it says what to do instead."""
+    if url := load_settings(flags={"data": data}).database_url:
+        raise InvalidRequest(
+            f"the catalogue is not in {data} but at {shown(url)}: dump it first (PostgreSQL: "
+            f"pg_dump --format=custom), then copy {data} without bases/; docs/operations.md says "
+            "how both are restored"
+        )
     if not (data / DATABASE_FILE).is_file():
-        raise InvalidRequest(f"{data} holds no {DATABASE_FILE}; give --data")
+        raise InvalidRequest(
+            f"{data} holds no {DATABASE_FILE}; give --data, or OPENMINT_DATABASE_URL where the "
+            "catalogue is in another place"
+        )
     to.mkdir(parents=True, exist_ok=True)
     with progress("copying") as display:
         for _ in range(TRIES):

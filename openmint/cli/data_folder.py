@@ -22,9 +22,9 @@ def catalog_url(settings: Settings) -> str:
 
 @contextmanager
 def opened_catalog(settings: Settings, *, create: bool) -> Iterator[Catalog]:
-    """The catalogue of a data folder; beside a running server too, as SQLite takes turns.
+    """The catalogue of a data folder; beside a running server too, as writers take turns.
 
-    Raises InvalidRequest when there is no such folder and `create` is False.
+    Raises InvalidRequest when there is no such folder and `create` is False, and as `Catalog.open`.
     """
     data = settings.data
     if not (create or settings.database_url or (data / DATABASE_FILE).is_file()):

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import socket
-import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,8 +19,12 @@ import httpx
 import psutil
 import typer
 
+from openmint.catalog.database import examine
+from openmint.cli.data_folder import catalog_url
 from openmint.cli.output import EXIT_FAILED, JsonFlag, console, show
 from openmint.cli.remote import DEFAULT_DATA, DEFAULT_URL, DataOption, UrlOption
+from openmint.config import load_settings
+from openmint.errors import OpenMintError
 from openmint.models.embedded import EMBEDDED_BASE, GGUF_PACKAGE
 
 State = Literal["ok", "warn", "fail"]
@@ -31,7 +34,6 @@ MARKS: dict[State, str] = {
     "fail": "[red]fail[/red]",
 }
 MIN_MEMORY_GIB, MIN_DISK_GIB = 3.0, 2.0
-FIXED_SQLITE = (3, 51, 3)
 GIB = 1024**3
 
 
@@ -59,7 +61,7 @@ def doctor(
         check_cores,
         check_memory,
         lambda: check_disk(data),
-        check_sqlite,
+        lambda: check_database(data),
         lambda: check_base(data),
         lambda: check_writable(data),
         lambda: check_server(url),
@@ -110,17 +112,12 @@ def check_disk(data: Path) -> Finding:
     return Finding("disk", state, f"{free:.1f} GiB free at {data}; at least {MIN_DISK_GIB:.0f}")
 
 
-def check_sqlite() -> Finding:
-    version = sqlite3.sqlite_version
-    if sqlite3.sqlite_version_info >= FIXED_SQLITE:
-        return Finding("sqlite", "ok", version)
-    return Finding(
-        "sqlite",
-        "warn",
-        f"{version}; before 3.51.3 a checkpoint beside a write of another process can damage the "
-        "log. OpenMinT keeps to one writer and checkpoints there; don't open its database for "
-        "writing with other tools while it runs",
-    )
+def check_database(data: Path) -> Finding:
+    try:
+        version, doubts = examine(catalog_url(load_settings(flags={"data": data})))
+    except OpenMintError as error:
+        return Finding("database", "fail", error.message)
+    return Finding("database", "warn" if doubts else "ok", "; ".join((version, *doubts)))
 
 
 def check_base(data: Path) -> Finding:

@@ -26,6 +26,7 @@ from openmint import __version__
 from openmint.api.app import create_app
 from openmint.api.measure import Measure
 from openmint.catalog.catalog import Catalog
+from openmint.catalog.database import shown
 from openmint.cli.data_folder import ADMIN_KEY_FILE, opened_catalog, write_admin_key
 from openmint.cli.output import console
 from openmint.cluster.process import WorkerProcess, start_worker
@@ -51,11 +52,12 @@ DEFAULT_TENANT = Tenant("default")
 
 
 def run_gateway(settings: Settings, listener: socket.socket) -> None:
-    """Serve until a signal. Raises InvalidRequest for settings that can't work, ServiceError when a
-    base doesn't load."""
+    """Serve until a signal. Raises InvalidRequest for settings that can't work, Conflict when
+    another server uses the database, ServiceError when a base doesn't load."""
     configure_logs()
     _check_bases(settings)
     with opened_catalog(settings, create=True) as catalog:
+        catalog.claim()
         key_note = ensure_key(settings, catalog)
         url = url_of(settings.host, listener)
         _say_start(settings, url, key_note)
@@ -286,6 +288,8 @@ def _say_start(settings: Settings, url: str, key_note: str) -> None:
     console.print(f"[bold]OpenMinT {__version__}[/bold]")
     console.print(f"  listening   {url}")
     console.print(f"  data        {settings.data.resolve()}")
+    if settings.database_url:
+        console.print(f"  catalogue   {shown(settings.database_url)}")
     console.print(f"  API key     {key_note}")
     for base in settings.bases:
         first = base == EMBEDDED_BASE and not (settings.data / "bases" / base).exists()

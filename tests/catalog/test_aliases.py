@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from openmint.catalog.catalog import Catalog
 from openmint.errors import Conflict, InvalidRequest, NotFound
 from openmint.types import Digest
+from tests.catalog.conftest import NewUrl
 from tests.catalog.made import ANN, BASE, BOB, RUN, add_run, blob, digest_of
 
 WORDS = st.integers(0, 5)
@@ -154,10 +160,12 @@ def test_concurrent_promotes_make_one_chain_of_events(trained: Catalog) -> None:
 class AliasMachine(RuleBasedStateMachine):
     """Creates, promotes, rolls back, deletes and reopens; a dict of stacks says what is right."""
 
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+
     @initialize()
     def open(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.url = f"sqlite:///{self.folder.name}/catalog.db"
         self.catalog = Catalog.open(self.url)
         add_run(self.catalog)
         self.live: set[Digest] = set()
@@ -168,7 +176,6 @@ class AliasMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "catalog"):
             self.catalog.close()
-            self.folder.cleanup()
 
     @rule(word=WORDS)
     def create(self, word: int) -> None:
@@ -250,5 +257,8 @@ class AliasMachine(RuleBasedStateMachine):
             assert len(events) == self.versions[name]
 
 
-TestAliasMachine = AliasMachine.TestCase
-TestAliasMachine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+def test_aliases_agree_with_the_model(new_url: NewUrl) -> None:
+    run_state_machine_as_test(
+        lambda: AliasMachine(new_url()),
+        settings=settings(max_examples=25, stateful_step_count=30, deadline=None),
+    )

@@ -1,19 +1,24 @@
 """The catalogue under random use, beside a model in plain dictionaries: what each says must agree,
-also after the file was closed and opened again in between."""
+also after the database was closed and opened again in between."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Finished, RequestRecord, SavedState
 from openmint.errors import Conflict, NotFound
 from openmint.types import Digest, RunId, SessionId
+from tests.catalog.conftest import NewUrl
 from tests.catalog.made import ANN, add_run, blob, digest_of
 
 POLICY = "math"
@@ -25,10 +30,9 @@ SESSIONS = st.sampled_from(("s0", "s1", "s2"))
 class Catalogue(RuleBasedStateMachine):
     """One policy, runs in three sessions, saves under three names, two aliases and `latest`."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.url = f"sqlite:///{Path(self.folder.name) / 'c.db'}"
+        self.url = url
         self.catalog = Catalog.open(self.url)
         self.runs: dict[str, RunId] = {}
         self.ended: set[str] = set()
@@ -42,7 +46,6 @@ class Catalogue(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.catalog.close()
-        self.folder.cleanup()
 
     @initialize()
     def begin(self) -> None:
@@ -235,5 +238,8 @@ class Catalogue(RuleBasedStateMachine):
         raise AssertionError(f"{call} took what it should refuse")
 
 
-Catalogue.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-test_the_catalogue_agrees_with_the_model = Catalogue.TestCase
+def test_the_catalogue_agrees_with_the_model(new_url: NewUrl) -> None:
+    run_state_machine_as_test(
+        lambda: Catalogue(new_url()),
+        settings=settings(max_examples=40, stateful_step_count=40, deadline=None),
+    )

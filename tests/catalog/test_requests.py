@@ -69,6 +69,20 @@ def test_requests_end_with_their_session(catalog: Catalog) -> None:
 def test_a_group_is_written_whole_or_not_at_all(catalog: Catalog) -> None:
     add_run(catalog)
     catalog.write_requests([record(1)], [])
+    unknown = replace(record(3), session_id=SessionId("unknown"))
     with pytest.raises(IntegrityError):
-        catalog.write_requests([record(2), record(1)], [finished(1, keeps_body=False)])
+        catalog.write_requests([record(2), unknown], [finished(1, keeps_body=False)])
     assert [(row.seq, row.status) for row in catalog.requests_of(RUN)] == [(1, "accepted")]
+
+
+def test_what_is_accepted_again_takes_the_place_of_what_nobody_heard_of(catalog: Catalog) -> None:
+    add_run(catalog)
+    catalog.write_requests([record(1), record(2)], [])
+    catalog.write_requests([], [finished(1, keeps_body=True)])
+    again = [replace(record(seq), body=b"other", request_id="again") for seq in (1, 2)]
+    catalog.write_requests(again, [])
+    rows = catalog.requests_of(RUN)
+    assert [(row.status, row.body, row.request_id) for row in rows] == [
+        ("done", b"body", "r1"),
+        ("accepted", b"other", "again"),
+    ]

@@ -60,3 +60,12 @@ def test_a_copy_of_a_busy_folder_goes_on_from_there(
 def test_a_folder_without_a_catalogue_is_refused(tmp_path: Path) -> None:
     done = run_cli("backup", str(tmp_path / "copy"), "--data", str(tmp_path), code=2)
     assert "holds no openmint.db" in done.stderr
+
+
+def test_a_catalogue_on_postgresql_is_not_copied_in_part(tmp_path: Path) -> None:
+    environ = {"OPENMINT_DATABASE_URL": "postgresql://ann:secret@host/db"}
+    copy = tmp_path / "copy"
+    done = run_cli("backup", str(copy), "--data", str(tmp_path), code=2, environ=environ)
+    assert "pg_dump" in done.stderr
+    assert "secret" not in done.stderr
+    assert not copy.exists()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from openmint.cli import doctor
+from tests.postgres import PostgresServer
 from tests.servers import free_port, run_cli, run_cli_json
 
 
@@ -17,17 +18,30 @@ def test_every_check_reports(tmp_path: Path) -> None:
     findings: Any = run_cli_json("doctor", "--data", str(tmp_path), "--url", url)
     states = {finding["name"]: finding["state"] for finding in findings}
     assert set(states) == {
-        "python", "torch", "cores", "memory", "disk", "sqlite", "base", "data", "server", "port",
+        "python", "torch", "cores", "memory", "disk", "database", "base", "data", "server", "port",
     }  # fmt: skip
     assert states["data"] == "ok"
     assert states["server"] == "warn"
 
 
-def test_an_old_sqlite_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_sqlite_is_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 2))
-    assert doctor.check_sqlite().state == "warn"
+    assert doctor.check_database(tmp_path).state == "warn"
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 3))
-    assert doctor.check_sqlite().state == "ok"
+    assert doctor.check_database(tmp_path).state == "ok"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_postgresql_server_is_reached_and_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, postgres: PostgresServer
+) -> None:
+    monkeypatch.setenv("OPENMINT_DATABASE_URL", postgres.url("postgres"))
+    found = doctor.check_database(tmp_path)
+    assert (found.state, found.detail.split()[0]) == ("ok", "PostgreSQL")
+    monkeypatch.setenv("OPENMINT_DATABASE_URL", postgres.url("missing"))
+    found = doctor.check_database(tmp_path)
+    assert found.state == "fail"
+    assert "does not exist" in found.detail
 
 
 def test_a_full_disk_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

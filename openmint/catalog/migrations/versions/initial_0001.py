@@ -6,6 +6,8 @@ Revision ID: 0001
 import sqlalchemy as sa
 from alembic import op
 
+from openmint.catalog.columns import INT64, JSON, NULLABLE_JSON, TEXT, Instant
+
 revision = "0001"
 down_revision = None
 
@@ -27,30 +29,38 @@ FROZEN = (
 )
 """Columns of a revision that never change; it may be deleted, restored, or stop being ephemeral."""
 
+REFUSE = """
+    CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        RAISE EXCEPTION '% rows are immutable', TG_TABLE_NAME
+            USING ERRCODE = 'integrity_constraint_violation';
+    END $$
+"""
+
 
 def upgrade() -> None:
     op.create_table(
         "api_key",
-        sa.Column("key_id", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("role", sa.Text(), nullable=False),
-        sa.Column("note", sa.Text(), nullable=False),
+        sa.Column("key_id", TEXT, nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("role", TEXT, nullable=False),
+        sa.Column("note", TEXT, nullable=False),
         sa.Column("secret_hash", sa.LargeBinary(), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
-        sa.Column("expires_at", sa.Float(), nullable=True),
-        sa.Column("revoked_at", sa.Float(), nullable=True),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.Column("expires_at", Instant(), nullable=True),
+        sa.Column("revoked_at", Instant(), nullable=True),
         sa.PrimaryKeyConstraint("key_id", name="pk_api_key"),
     )
     op.create_index("ix_api_key_tenant", "api_key", ["tenant"], unique=False)
     op.create_table(
         "audit_event",
-        sa.Column("event_id", sa.Integer(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("actor", sa.Text(), nullable=False),
-        sa.Column("action", sa.Text(), nullable=False),
-        sa.Column("subject", sa.Text(), nullable=False),
-        sa.Column("details", sa.JSON(), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("event_id", INT64, nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("actor", TEXT, nullable=False),
+        sa.Column("action", TEXT, nullable=False),
+        sa.Column("subject", TEXT, nullable=False),
+        sa.Column("details", JSON, nullable=False),
+        sa.Column("created_at", Instant(), nullable=False),
         sa.PrimaryKeyConstraint("event_id", name="pk_audit_event"),
     )
     op.create_index(
@@ -58,40 +68,40 @@ def upgrade() -> None:
     )
     op.create_table(
         "evaluation_task",
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("digest", sa.Text(), nullable=False),
-        sa.Column("body", sa.JSON(), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("digest", TEXT, nullable=False),
+        sa.Column("body", JSON, nullable=False),
+        sa.Column("created_at", Instant(), nullable=False),
         sa.PrimaryKeyConstraint("tenant", "name", "digest", name="pk_evaluation_task"),
     )
     op.create_table(
         "policy",
-        sa.Column("policy_id", sa.Integer(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("base_name", sa.Text(), nullable=False),
-        sa.Column("base_digest", sa.Text(), nullable=False),
-        sa.Column("user_metadata", sa.JSON(), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("base_name", TEXT, nullable=False),
+        sa.Column("base_digest", TEXT, nullable=False),
+        sa.Column("user_metadata", JSON, nullable=False),
+        sa.Column("created_at", Instant(), nullable=False),
         sa.PrimaryKeyConstraint("policy_id", name="pk_policy"),
         sa.UniqueConstraint("tenant", "name", name="uq_policy_tenant_name"),
     )
     op.create_table(
         "session",
-        sa.Column("session_id", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("tags", sa.JSON(), nullable=False),
-        sa.Column("user_metadata", sa.JSON(), nullable=False),
-        sa.Column("display_name", sa.Text(), nullable=True),
-        sa.Column("project_id", sa.Text(), nullable=True),
-        sa.Column("sdk_version", sa.Text(), nullable=True),
-        sa.Column("created_at", sa.Float(), nullable=False),
-        sa.Column("last_seen_at", sa.Float(), nullable=False),
-        sa.Column("finished_at", sa.Float(), nullable=True),
-        sa.Column("status", sa.Text(), nullable=False),
-        sa.Column("finish_reason", sa.Text(), nullable=True),
-        sa.Column("finish_detail", sa.Text(), nullable=True),
+        sa.Column("session_id", TEXT, nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("tags", JSON, nullable=False),
+        sa.Column("user_metadata", JSON, nullable=False),
+        sa.Column("display_name", TEXT, nullable=True),
+        sa.Column("project_id", TEXT, nullable=True),
+        sa.Column("sdk_version", TEXT, nullable=True),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.Column("last_seen_at", Instant(), nullable=False),
+        sa.Column("finished_at", Instant(), nullable=True),
+        sa.Column("status", TEXT, nullable=False),
+        sa.Column("finish_reason", TEXT, nullable=True),
+        sa.Column("finish_detail", TEXT, nullable=True),
         sa.PrimaryKeyConstraint("session_id", name="pk_session"),
     )
     op.create_index(
@@ -105,17 +115,17 @@ def upgrade() -> None:
     )
     op.create_table(
         "setting",
-        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("name", TEXT, nullable=False),
         sa.Column("value", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("name", name="pk_setting"),
     )
     op.create_table(
         "alias",
-        sa.Column("policy_id", sa.Integer(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("digest", sa.Text(), nullable=False),
-        sa.Column("version", sa.Integer(), nullable=False),
-        sa.Column("updated_at", sa.Float(), nullable=False),
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("digest", TEXT, nullable=False),
+        sa.Column("version", INT64, nullable=False),
+        sa.Column("updated_at", Instant(), nullable=False),
         sa.ForeignKeyConstraint(["policy_id"], ["policy.policy_id"], name="fk_alias_policy_id"),
         sa.PrimaryKeyConstraint("policy_id", "name", name="pk_alias"),
         sqlite_with_rowid=False,
@@ -123,15 +133,15 @@ def upgrade() -> None:
     op.create_index("ix_alias_policy_id_digest", "alias", ["policy_id", "digest"], unique=False)
     op.create_table(
         "alias_event",
-        sa.Column("event_id", sa.Integer(), nullable=False),
-        sa.Column("policy_id", sa.Integer(), nullable=False),
-        sa.Column("alias", sa.Text(), nullable=False),
-        sa.Column("action", sa.Text(), nullable=False),
-        sa.Column("from_digest", sa.Text(), nullable=True),
-        sa.Column("to_digest", sa.Text(), nullable=False),
-        sa.Column("actor", sa.Text(), nullable=False),
-        sa.Column("reason", sa.Text(), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("event_id", INT64, nullable=False),
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("alias", TEXT, nullable=False),
+        sa.Column("action", TEXT, nullable=False),
+        sa.Column("from_digest", TEXT, nullable=True),
+        sa.Column("to_digest", TEXT, nullable=False),
+        sa.Column("actor", TEXT, nullable=False),
+        sa.Column("reason", TEXT, nullable=False),
+        sa.Column("created_at", Instant(), nullable=False),
         sa.ForeignKeyConstraint(
             ["policy_id"], ["policy.policy_id"], name="fk_alias_event_policy_id"
         ),
@@ -145,22 +155,22 @@ def upgrade() -> None:
     )
     op.create_table(
         "evaluation",
-        sa.Column("evaluation_id", sa.Integer(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("policy_id", sa.Integer(), nullable=True),
-        sa.Column("digest", sa.Text(), nullable=True),
-        sa.Column("base_name", sa.Text(), nullable=False),
-        sa.Column("task_name", sa.Text(), nullable=False),
-        sa.Column("task_digest", sa.Text(), nullable=False),
-        sa.Column("seed", sa.Integer(), nullable=False),
-        sa.Column("num_items", sa.Integer(), nullable=False),
-        sa.Column("num_correct", sa.Integer(), nullable=False),
+        sa.Column("evaluation_id", INT64, nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("policy_id", INT64, nullable=True),
+        sa.Column("digest", TEXT, nullable=True),
+        sa.Column("base_name", TEXT, nullable=False),
+        sa.Column("task_name", TEXT, nullable=False),
+        sa.Column("task_digest", TEXT, nullable=False),
+        sa.Column("seed", INT64, nullable=False),
+        sa.Column("num_items", INT64, nullable=False),
+        sa.Column("num_correct", INT64, nullable=False),
         sa.Column("score", sa.Float(), nullable=True),
-        sa.Column("sampling", sa.JSON(), nullable=False),
-        sa.Column("status", sa.Text(), nullable=False),
-        sa.Column("error", sa.Text(), nullable=True),
-        sa.Column("created_at", sa.Float(), nullable=False),
-        sa.Column("finished_at", sa.Float(), nullable=True),
+        sa.Column("sampling", JSON, nullable=False),
+        sa.Column("status", TEXT, nullable=False),
+        sa.Column("error", TEXT, nullable=True),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.Column("finished_at", Instant(), nullable=True),
         sa.ForeignKeyConstraint(
             ["policy_id"], ["policy.policy_id"], name="fk_evaluation_policy_id"
         ),
@@ -177,23 +187,23 @@ def upgrade() -> None:
     )
     op.create_table(
         "run",
-        sa.Column("run_id", sa.Text(), nullable=False),
-        sa.Column("session_id", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("policy_id", sa.Integer(), nullable=False),
-        sa.Column("model_seq_id", sa.Integer(), nullable=False),
-        sa.Column("rank", sa.Integer(), nullable=False),
+        sa.Column("run_id", TEXT, nullable=False),
+        sa.Column("session_id", TEXT, nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("model_seq_id", INT64, nullable=False),
+        sa.Column("rank", INT64, nullable=False),
         sa.Column("alpha", sa.Float(), nullable=False),
         sa.Column("train_attn", sa.Boolean(), nullable=False),
         sa.Column("train_mlp", sa.Boolean(), nullable=False),
         sa.Column("train_unembed", sa.Boolean(), nullable=False),
-        sa.Column("seed", sa.Integer(), nullable=True),
-        sa.Column("user_metadata", sa.JSON(), nullable=False),
-        sa.Column("optimizer_config", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("created_at", sa.Float(), nullable=False),
-        sa.Column("last_request_at", sa.Float(), nullable=False),
-        sa.Column("status", sa.Text(), nullable=False),
-        sa.Column("num_optim_steps", sa.Integer(), nullable=False),
+        sa.Column("seed", INT64, nullable=True),
+        sa.Column("user_metadata", JSON, nullable=False),
+        sa.Column("optimizer_config", NULLABLE_JSON, nullable=True),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.Column("last_request_at", Instant(), nullable=False),
+        sa.Column("status", TEXT, nullable=False),
+        sa.Column("num_optim_steps", INT64, nullable=False),
         sa.ForeignKeyConstraint(["policy_id"], ["policy.policy_id"], name="fk_run_policy_id"),
         sa.ForeignKeyConstraint(["session_id"], ["session.session_id"], name="fk_run_session_id"),
         sa.PrimaryKeyConstraint("run_id", name="pk_run"),
@@ -205,15 +215,15 @@ def upgrade() -> None:
     )
     op.create_table(
         "sampler",
-        sa.Column("sampler_id", sa.Text(), nullable=False),
-        sa.Column("session_id", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("seq_id", sa.Integer(), nullable=False),
-        sa.Column("base_name", sa.Text(), nullable=False),
-        sa.Column("base_digest", sa.Text(), nullable=False),
-        sa.Column("revision", sa.Text(), nullable=True),
-        sa.Column("model_path", sa.Text(), nullable=True),
-        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("sampler_id", TEXT, nullable=False),
+        sa.Column("session_id", TEXT, nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("seq_id", INT64, nullable=False),
+        sa.Column("base_name", TEXT, nullable=False),
+        sa.Column("base_digest", TEXT, nullable=False),
+        sa.Column("revision", TEXT, nullable=True),
+        sa.Column("model_path", TEXT, nullable=True),
+        sa.Column("created_at", Instant(), nullable=False),
         sa.ForeignKeyConstraint(
             ["session_id"], ["session.session_id"], name="fk_sampler_session_id"
         ),
@@ -223,27 +233,27 @@ def upgrade() -> None:
     op.create_index("ix_sampler_revision", "sampler", ["revision"], unique=False)
     op.create_table(
         "doomed_blob",
-        sa.Column("digest", sa.Text(), nullable=False),
+        sa.Column("digest", TEXT, nullable=False),
         sa.PrimaryKeyConstraint("digest", name="pk_doomed_blob"),
     )
     op.create_table(
         "checkpoint",
-        sa.Column("run_id", sa.Text(), nullable=False),
-        sa.Column("segment", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("digest", sa.Text(), nullable=False),
-        sa.Column("size_bytes", sa.Integer(), nullable=False),
-        sa.Column("rank", sa.Integer(), nullable=False),
+        sa.Column("run_id", TEXT, nullable=False),
+        sa.Column("segment", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("tenant", TEXT, nullable=False),
+        sa.Column("digest", TEXT, nullable=False),
+        sa.Column("size_bytes", INT64, nullable=False),
+        sa.Column("rank", INT64, nullable=False),
         sa.Column("alpha", sa.Float(), nullable=False),
         sa.Column("train_attn", sa.Boolean(), nullable=False),
         sa.Column("train_mlp", sa.Boolean(), nullable=False),
         sa.Column("train_unembed", sa.Boolean(), nullable=False),
-        sa.Column("num_optim_steps", sa.Integer(), nullable=False),
+        sa.Column("num_optim_steps", INT64, nullable=False),
         sa.Column("public", sa.Boolean(), nullable=False),
-        sa.Column("user_metadata", sa.JSON(), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
-        sa.Column("expires_at", sa.Float(), nullable=True),
+        sa.Column("user_metadata", JSON, nullable=False),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.Column("expires_at", Instant(), nullable=True),
         sa.ForeignKeyConstraint(["run_id"], ["run.run_id"], name="fk_checkpoint_run_id"),
         sa.PrimaryKeyConstraint("run_id", "segment", "name", name="pk_checkpoint"),
         sqlite_with_rowid=False,
@@ -255,23 +265,23 @@ def upgrade() -> None:
     )
     op.create_table(
         "revision",
-        sa.Column("policy_id", sa.Integer(), nullable=False),
-        sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("digest", sa.Text(), nullable=False),
-        sa.Column("rank", sa.Integer(), nullable=False),
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("number", INT64, nullable=False),
+        sa.Column("digest", TEXT, nullable=False),
+        sa.Column("rank", INT64, nullable=False),
         sa.Column("alpha", sa.Float(), nullable=False),
         sa.Column("train_attn", sa.Boolean(), nullable=False),
         sa.Column("train_mlp", sa.Boolean(), nullable=False),
         sa.Column("train_unembed", sa.Boolean(), nullable=False),
-        sa.Column("parent_digest", sa.Text(), nullable=True),
-        sa.Column("run_id", sa.Text(), nullable=True),
-        sa.Column("num_optim_steps", sa.Integer(), nullable=False),
-        sa.Column("size_bytes", sa.Integer(), nullable=False),
-        sa.Column("origin", sa.Text(), nullable=False),
+        sa.Column("parent_digest", TEXT, nullable=True),
+        sa.Column("run_id", TEXT, nullable=True),
+        sa.Column("num_optim_steps", INT64, nullable=False),
+        sa.Column("size_bytes", INT64, nullable=False),
+        sa.Column("origin", TEXT, nullable=False),
         sa.Column("ephemeral", sa.Boolean(), nullable=False),
-        sa.Column("user_metadata", sa.JSON(), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
-        sa.Column("deleted_at", sa.Float(), nullable=True),
+        sa.Column("user_metadata", JSON, nullable=False),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.Column("deleted_at", Instant(), nullable=True),
         sa.ForeignKeyConstraint(["policy_id"], ["policy.policy_id"], name="fk_revision_policy_id"),
         sa.ForeignKeyConstraint(["run_id"], ["run.run_id"], name="fk_revision_run_id"),
         sa.PrimaryKeyConstraint("policy_id", "digest", name="pk_revision"),
@@ -287,9 +297,12 @@ def upgrade() -> None:
 
 
 def _freeze_rows() -> None:
-    changed = " OR ".join(f"NEW.{name} IS NOT OLD.{name}" for name in FROZEN)
+    if _is_postgres():
+        op.execute(REFUSE)
+    differs = "IS DISTINCT FROM" if _is_postgres() else "IS NOT"
+    changed = " OR ".join(f"NEW.{name} {differs} OLD.{name}" for name in FROZEN)
     became_ephemeral = "(NEW.ephemeral AND NOT OLD.ephemeral)"
-    _refuse("revision", "UPDATE", f"WHEN {changed} OR {became_ephemeral}")
+    _refuse("revision", "UPDATE", f"WHEN ({changed} OR {became_ephemeral})")
     _refuse("revision", "DELETE")
     for table in ("alias_event", "audit_event"):
         _refuse(table, "UPDATE")
@@ -297,7 +310,14 @@ def _freeze_rows() -> None:
 
 
 def _refuse(table: str, verb: str, condition: str = "") -> None:
+    then = f"BEGIN SELECT RAISE(ABORT, '{table} rows are immutable'); END"
+    if _is_postgres():
+        then = "EXECUTE FUNCTION refuse_change()"
     op.execute(
-        f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} {condition} "
-        f"BEGIN SELECT RAISE(ABORT, '{table} rows are immutable'); END"
+        f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+        f"FOR EACH ROW {condition} {then}"
     )
+
+
+def _is_postgres() -> bool:
+    return op.get_context().dialect.name == "postgresql"
