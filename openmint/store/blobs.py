@@ -16,11 +16,10 @@ from pathlib import Path
 
 from openmint.errors import NotFound, StoreFailed
 from openmint.store.folders import sync_folder, write_whole
+from openmint.store.pack_frames import SMALL_BYTES
 from openmint.store.packs import Packs
 from openmint.types import Digest
 
-SMALL_BYTES = 256 * 1024
-"""Blobs of fewer bytes are packed."""
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 

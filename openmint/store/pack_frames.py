@@ -18,6 +18,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+SMALL_BYTES = 256 * 1024
+"""Blobs of fewer bytes are packed; a frame that claims more is none."""
 BLOB, DEATH = b"OMB1", b"OMD1"
 MAGIC = re.compile(rb"OM[BD]1")
 HEADER = struct.Struct("<4sI8s32sI")
@@ -93,7 +95,9 @@ def _frame_at(file: int, offset: int) -> Frame | None:
     if len(header) < HEADER.size:
         return None
     magic, num_bytes, birth, digest, check = HEADER.unpack(header)
-    if magic not in (BLOB, DEATH) or zlib.crc32(header[:-CHECK_BYTES]) != check:
+    if magic not in (BLOB, DEATH) or num_bytes >= SMALL_BYTES:
+        return None
+    if zlib.crc32(header[:-CHECK_BYTES]) != check:
         return None
     return Frame(magic == DEATH, birth, digest, offset, num_bytes)
 

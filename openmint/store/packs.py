@@ -112,7 +112,7 @@ class OwnPack:
         return has_frames and self.num_bytes + num_bytes <= PACK_BYTES
 
     def append(self, data: bytes) -> int:
-        """Write a frame; returns its offset. Raises OSError, and the pack may have half of it."""
+        """Write a frame; returns its offset. Raises OSError, and half of it may be written."""
         offset, rest = self.num_bytes, memoryview(data)
         while rest:
             rest = rest[os.write(self._file.number, rest) :]
@@ -229,7 +229,8 @@ class Packs:
         own = self._own
         if own is not None:
             self._sync(own, own.num_bytes)
-        lost, self._lost = self._lost, None
+        with self._guard:
+            lost, self._lost = self._lost, None
         if lost is not None:
             raise OSError(*lost.args)
 
@@ -257,13 +258,14 @@ class Packs:
         """Write a frame to the own pack; where it ends. For who holds `_writing`."""
         digest, birth = key[:DIGEST_BYTES], key[DIGEST_BYTES:]
         data = encode_frame(magic, digest, birth, payload)
-        pack = self._own or self._take()
-        if not pack.has_room(len(data)):
+        pack = self._own
+        if pack is not None and not pack.has_room(len(data)):
             self._seal(pack)
-            pack = self._take()
+            pack = None
+        pack = pack or self._take(len(data))
         try:
             offset = pack.append(data)
-        except OSError:
+        except BaseException:
             self._give_up(pack)
             raise
         with self._guard:
@@ -305,6 +307,8 @@ class Packs:
     def _give_up(self, pack: OwnPack) -> None:
         """Cut off what a failed write or sync left, and let anyone take the pack over."""
         if self._own is pack:
+            with contextlib.suppress(OSError):  # deaths in it wait for no sync of their own
+                pack.sync(pack.num_bytes)
             with self._guard:
                 self._own, self._listed_ns = None, None
                 self._index.growing.pop(pack.name)
@@ -315,8 +319,8 @@ class Packs:
 
     # -- the own pack -----------------------------------------------------------------------------
 
-    def _take(self) -> OwnPack:
-        """A pack with room: one that nobody has, else a new one."""
+    def _take(self, num_bytes: int) -> OwnPack:
+        """A pack with so much room: one that nobody has, else a new one."""
         with self._guard:
             self._look()
             names = list(self._index.growing)
@@ -324,7 +328,7 @@ class Packs:
             file = self._locked(name)
             if file is not None:
                 pack = self._take_over(name, file)
-                if pack.has_room(HEADER.size):
+                if pack.has_room(num_bytes):
                     return pack
                 self._seal(pack)
         return self._create()
@@ -392,13 +396,12 @@ class Packs:
     def _look(self) -> None:
         """Bring the index up to date. Packs that are gone are dropped last: what was moved out of
         them is found by then, since it was moved before they went."""
-        changed_ns = self._folder.stat().st_mtime_ns
+        changed_ns, looked_ns = self._folder.stat().st_mtime_ns, time.time_ns()
         gone: set[str] = set()
         if changed_ns != self._listed_ns:
-            listed_at_ns = time.time_ns()
             gone = self._list()
-            is_settled = listed_at_ns - changed_ns > SETTLED_NS
-            self._listed_ns = changed_ns if is_settled else None
+            if gone:  # where they were moved to may be as new as that, and missed by this listing
+                self._list()
         for name, pack in list(self._index.growing.items()):
             is_own = self._own is not None and name == self._own.name
             if not (is_own or name in gone or self._read_on(name, pack)):
@@ -410,6 +413,7 @@ class Packs:
             self._files.forget(gone)
             for name in gone:
                 self._states.pop(name, None)
+        self._listed_ns = changed_ns if looked_ns - changed_ns > SETTLED_NS else None
 
     def _list(self) -> set[str]:
         """Take in new and newly sealed packs; the names of those that are gone."""
@@ -510,11 +514,13 @@ class Packs:
         """Copy what is live in a sealed pack to the own one, durably; False when it must stay, as
         some of it is damaged."""
         with self._guard:
-            copies = self._index.live_copies(name)
-            deaths = self._index.needed_deaths(name)
-            is_damaged = self._index.sealed[name].num_damaged_bytes > 0
+            self._look()
+            pack = self._index.sealed.get(name)
+            if pack is None:
+                return False  # somebody else's hand took it
+            copies, deaths = self._index.live_copies(name), self._index.needed_deaths(name)
         try:
-            if is_damaged:
+            if pack.num_damaged_bytes:
                 raise StoreFailed("some of its bytes are in no frame")
             self._sync_all(self._moved(copies, deaths))
         except StoreFailed as error:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from openmint.errors import NotFound, StoreFailed
-from openmint.store.blobs import SMALL_BYTES, BlobStore, digest_of
+from openmint.store.blobs import BlobStore, digest_of
+from openmint.store.pack_frames import SMALL_BYTES
 from openmint.types import Digest
 
 DATA = b"adapter bytes" * 30_000

@@ -21,8 +21,8 @@ import pytest
 
 from openmint.errors import NotFound, StoreFailed
 from openmint.store import packs
-from openmint.store.blobs import SMALL_BYTES, BlobStore, digest_of
-from openmint.store.pack_frames import DEATH, HEADER, encode_frame
+from openmint.store.blobs import BlobStore, digest_of
+from openmint.store.pack_frames import DEATH, HEADER, SMALL_BYTES, encode_frame
 from openmint.store.packs import Packs
 from tests.store.made import damage, flip, indexes_in, packs_in, raw
 
@@ -196,6 +196,22 @@ def test_deletions_share_a_sync(tmp_path: Path, num_syncs: Callable[[], int]) ->
     store.sync_deletions()
     store.sync_deletions()
     assert num_syncs() == 1
+
+
+def test_deletions_last_also_if_a_write_failed_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_syncs: Callable[[], int]
+) -> None:
+    store = BlobStore(tmp_path)
+    digest = store.put(blob(1))
+    num_syncs()
+    store.delete(digest)
+    with monkeypatch.context() as patch:
+        Refusing(patch, "write")
+        with pytest.raises(StoreFailed, match="No space left"):
+            store.put(blob(2))
+    store.sync_deletions()
+    assert num_syncs() == 1
+    assert not BlobStore(tmp_path).exists(digest)
 
 
 def test_deletions_that_a_failed_sync_undid_are_said_and_can_be_repeated(
