@@ -108,6 +108,43 @@ def test_bytes_that_another_thread_has_not_synced_yet_are_waited_for(
     assert num_syncs() == 1
     store.put(blob(1))
     assert num_syncs() == 0
+    store.put_many([blob(3), blob(1)])
+    assert num_syncs() == 1
+
+
+def test_bytes_that_another_process_may_take_back_are_not_relied_on(tmp_path: Path) -> None:
+    store, other = BlobStore(tmp_path), BlobStore(tmp_path)
+    digest = store.put(blob(1))
+    other.put(blob(1))
+    assert {copy.pack for copy in store._packs.find(raw(digest))} == {
+        path.stem for path in packs_in(tmp_path)
+    }
+    assert len(packs_in(tmp_path)) == 2
+
+
+def test_what_a_killed_process_had_not_synced_is_synced_by_who_goes_on(
+    tmp_path: Path, num_syncs: Callable[[], int]
+) -> None:
+    store = BlobStore(tmp_path)
+    store._packs._put(raw(digest_of(blob(1))), blob(1))
+    del store
+    num_syncs()
+    store = BlobStore(tmp_path)
+    store.put(blob(2))
+    assert num_syncs() == 2
+    store.put(blob(1))
+    assert num_syncs() == 0
+
+
+def test_a_sealed_pack_is_not_taken_over(tmp_path: Path, small_packs: None) -> None:
+    """By a process that last saw it grow."""
+    store, other = BlobStore(tmp_path), BlobStore(tmp_path)
+    store.put(blob(1))
+    (path,) = packs_in(tmp_path)
+    assert other._packs._locked(path.stem) is None
+    store.put_many(blob(number) for number in range(7))
+    assert path.with_suffix(".idx").exists()
+    assert other._packs._locked(path.stem) is None
 
 
 def test_threads_that_put_at_once_share_syncs(tmp_path: Path, num_syncs: Callable[[], int]) -> None:
@@ -667,6 +704,23 @@ def test_a_damaged_pack_is_not_compacted(
     assert [store.get(digests[number]) for number in (0, 5, 6)] == [blob(0), blob(5), blob(6)]
 
 
+def test_compactions_that_are_killed_do_not_pile_up_copies(
+    tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlobStore(tmp_path)
+    digests = store.put_many(blob(number) for number in range(7))
+    for digest in digests[1:6]:
+        store.delete(digest)
+    with monkeypatch.context() as patch:
+        patch.setattr(Packs, "_remove", lambda self, name: None)
+        for _ in range(10):
+            store.compact()
+    assert len(store._packs.find(raw(digests[0]))) == 2
+    store.compact()
+    assert len(store._packs.find(raw(digests[0]))) == 1
+    assert store.get(digests[0]) == blob(0)
+
+
 def test_one_compaction_runs_at_a_time(
     tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -725,8 +779,7 @@ class Crashing:
     def cut_power(self, root: Path) -> None:
         """Of packs that were written to, only what was synced is left."""
         for path in packs_in(root):
-            if not path.with_suffix(".idx").exists():
-                os.truncate(path, self.synced.get(path.stat().st_ino, path.stat().st_size))
+            os.truncate(path, self.synced.get(path.stat().st_ino, 0))
 
 
 def work(store: BlobStore, model: dict[int, bool]) -> Iterator[None]:
