@@ -58,15 +58,23 @@ def encode_frame(magic: bytes, digest: bytes, birth: bytes, payload: bytes = b""
     return b"".join((head, zlib.crc32(head).to_bytes(CHECK_BYTES, "little"), payload))
 
 
-def read_frames(file: int, offset: int, size: int) -> Iterator[Frame | Damage]:
+def read_frames(
+    file: int, offset: int, size: int, *, in_doubt: bool = False
+) -> Iterator[Frame | Damage]:
     """What a pack of that size holds from `offset` on, in order, from its headers alone.
 
     Damage is said once for each run of bytes that is no frame. A sound header whose payload isn't
     all there yet is the end of the pack: what looks like frames behind it would be its payload.
+
+    Behind damage, or `in_doubt` from the begin, what is read may itself be somebody's payload, made
+    to look like frames. A header is believed there only if its payload is whole.
     """
     while offset < size:
         frame = _frame_at(file, offset)
+        if in_doubt and frame is not None and not _is_whole_within(file, frame, size):
+            frame = None
         if frame is None:
+            in_doubt = True
             found = _find_frame(file, offset + 1, size)
             end = size if found is None else found
             yield Damage(offset, end - offset, is_tail=found is None)
@@ -90,6 +98,10 @@ def is_still_there(file: int, frame: Frame) -> bool:
     return _frame_at(file, frame.offset) == frame
 
 
+def _is_whole_within(file: int, frame: Frame, size: int) -> bool:
+    return frame.end <= size and is_whole(file, frame)
+
+
 def _frame_at(file: int, offset: int) -> Frame | None:
     header = os.pread(file, HEADER.size, offset)
     if len(header) < HEADER.size:
@@ -109,7 +121,7 @@ def _find_frame(file: int, offset: int, size: int) -> int | None:
         block = os.pread(file, SEARCH_BYTES + len(BLOB) - 1, offset)
         for found in MAGIC.finditer(block):
             frame = _frame_at(file, offset + found.start())
-            if frame is not None and frame.end <= size and is_whole(file, frame):
+            if frame is not None and _is_whole_within(file, frame, size):
                 return frame.offset
         offset += SEARCH_BYTES
     return None

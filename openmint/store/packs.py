@@ -463,7 +463,8 @@ class Packs:
         if pack.last is not None and not is_still_there(file.number, pack.last):
             return False
         num_known = len(pack.deaths)
-        _add_all(pack, read_frames(file.number, pack.end, now.st_size))
+        in_doubt = pack.num_damaged_bytes > 0
+        _add_all(pack, read_frames(file.number, pack.end, now.st_size, in_doubt=in_doubt))
         self._index.kill(pack.deaths[num_known:])
         self._states[name] = state
         return True

@@ -22,7 +22,7 @@ import pytest
 from openmint.errors import NotFound, StoreFailed
 from openmint.store import packs
 from openmint.store.blobs import BlobStore, digest_of
-from openmint.store.pack_frames import DEATH, HEADER, SMALL_BYTES, encode_frame
+from openmint.store.pack_frames import BLOB, DEATH, HEADER, SMALL_BYTES, encode_frame
 from openmint.store.packs import Packs
 from tests.store.made import damage, flip, indexes_in, packs_in, raw
 
@@ -192,6 +192,33 @@ def test_few_files_are_open_at_once(
     assert num_open() - before <= 4
 
 
+def test_a_pack_is_synced_before_its_index_is_named_and_its_own_name_before_it_is_used(
+    tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, events = BlobStore(tmp_path), list[str]()
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def note(first: Any, *rest: Any) -> Any:
+            is_file = isinstance(first, int)
+            path = Path(f"/proc/self/fd/{first}").readlink() if is_file else Path(rest[0])
+            events.append(f"{name} {path.suffix or path.name}")
+            return call(first, *rest)
+
+        return note
+
+    for name in ("write", "fsync", "fdatasync", "replace"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    store.put(blob(1))
+    made = ["fdatasync .pack", "fsync packs", f"fsync {tmp_path.name}"]
+    assert events == [*made, "write .pack", "fdatasync .pack"]
+    events.clear()
+    store.put_many(blob(number) for number in range(2, 8))
+    sealed = ["fdatasync .pack", *events[6:7], "replace .idx", "fsync packs"]
+    assert events[:5] == ["write .pack"] * 5
+    assert events[5:9] == sealed
+    assert events[9:] == [*made, "write .pack", "fdatasync .pack"]
+
+
 # -- deletion -------------------------------------------------------------------------------------
 
 
@@ -277,8 +304,10 @@ def test_a_death_inside_a_blob_kills_nobody(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     victim = store.put(blob(1))
     (copy,) = store._packs.find(raw(victim))
-    forged = encode_frame(DEATH, raw(victim), bytes(8))
-    evil = store.put(forged * 3)
+    forged = encode_frame(DEATH, raw(victim), bytes(8)) * 3
+    # It claims a payload that reaches over what others put later.
+    forged += encode_frame(BLOB, bytes(32), bytes(8), bytes(1000))[: HEADER.size]
+    evil = store.put(forged)
     last = store.put(blob(2))
     damage(tmp_path, evil, at=-HEADER.size)
     del store
