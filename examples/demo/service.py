@@ -44,7 +44,8 @@ class Service:
 
     def stored_bytes(self) -> int:
         """Bytes of all adapters and states in the store."""
-        return sum(f.stat().st_size for f in (self.data / "blobs").rglob("*") if f.is_file())
+        files = [*(self.data / "blobs").rglob("*"), *(self.data / "packs").iterdir()]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @contextmanager

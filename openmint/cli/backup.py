@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ from openmint.cli.data_folder import ADMIN_KEY_FILE, DATABASE_FILE
 from openmint.cli.output import console, progress
 from openmint.cli.remote import DEFAULT_DATA, DataOption
 from openmint.config import load_settings
-from openmint.errors import InvalidRequest, StoreFailed
+from openmint.errors import InvalidRequest, NotFound, StoreFailed
 from openmint.journal.update_log import SUFFIX, Segment
 from openmint.store.blobs import BlobStore
 from openmint.types import Digest
@@ -88,12 +88,16 @@ def _copy_catalogue(data: Path, to: Path) -> None:
 def _copy_blobs(data: Path, to: Path, display: Progress) -> None:
     """Those that the copied catalogue names, checked against their digests."""
     source, copy = BlobStore(data), BlobStore(to)
-    digests = [digest for digest in _rows(to, NAMED_BLOBS) if not copy.exists(Digest(digest[0]))]
+    digests = [digest for (digest,) in _rows(to, NAMED_BLOBS) if not copy.exists(Digest(digest))]
     task = display.add_task("copying", total=len(digests))
-    for (digest,) in digests:
-        if source.exists(Digest(digest)):
-            copy.put(source.get(Digest(digest)))
-        display.advance(task)
+
+    def found() -> Iterator[bytes]:
+        for digest in digests:
+            with suppress(NotFound):  # gone since; the next try has a later catalogue
+                yield source.get(Digest(digest))
+            display.advance(task)
+
+    copy.put_many(found())
     display.remove_task(task)
 
 

@@ -36,4 +36,6 @@ class Collector:
         for digest in unused:
             self._store.delete(digest)
         if unused:
+            await asyncio.to_thread(self._store.sync_deletions)
             await asyncio.to_thread(self._catalog.forget_blobs, unused)
+            await asyncio.to_thread(self._store.compact)

@@ -10,6 +10,11 @@ import pytest
 import tinker
 from tinker import types
 
+from openmint.catalog.catalog import Catalog
+from openmint.cli.backup import backup
+from openmint.store import packs
+from openmint.store.blobs import BlobStore
+from tests.catalog.made import ANN, Blob, add_run
 from tests.chaos.training import Job, digests_of
 from tests.servers import run_cli, start_server, stop_server, wait_until_ready
 
@@ -55,6 +60,32 @@ def test_a_copy_of_a_busy_folder_goes_on_from_there(
             assert digests_of(data, [path, again]) == expected
     finally:
         stop_server(server)
+
+
+def test_small_blobs_come_along_wherever_they_lie_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are named, of packs that grow and packs that were compacted; once."""
+    monkeypatch.setattr(packs, "PACK_BYTES", 1000)
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    store = BlobStore(data)
+    catalog = Catalog.open(f"sqlite:///{data / 'openmint.db'}")
+    run_id = add_run(catalog)
+    kept, unnamed = [], store.put_many(b"unnamed %d" % number for number in range(40))
+    for number in range(10):
+        kept.append(store.put(b"named %d" % number * 5))
+        catalog.add_checkpoint(ANN, run_id, "weights", str(number), Blob(kept[-1]))
+        for digest in unnamed[4 * number : 4 * number + 3]:
+            store.delete(digest)
+        store.compact()
+        backup(copy, data)
+    catalog.close()
+    copied = BlobStore(copy)
+    assert [copied.get(digest) for digest in kept] == [store.get(digest) for digest in kept]
+    assert not any(copied.exists(digest) for digest in unnamed)
+    before = {path: path.stat().st_size for path in (copy / "packs").iterdir()}
+    backup(copy, data)
+    assert {path: path.stat().st_size for path in (copy / "packs").iterdir()} == before
 
 
 def test_a_folder_without_a_catalogue_is_refused(tmp_path: Path) -> None:

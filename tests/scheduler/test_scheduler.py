@@ -46,6 +46,7 @@ from openmint.types import (
     SamplingParams,
     Tenant,
 )
+from tests.store.made import damage
 from tests.workbench import Workbench, prompt_of, random_model, train_work
 
 T = Tenant("t")
@@ -140,14 +141,15 @@ def test_streamed_deltas_add_up_to_the_result(bench: Workbench) -> None:
         np.testing.assert_array_equal(tops, sequence.top_logprobs.token_ids_NK)
 
 
-def test_a_revision_that_cannot_be_loaded_fails_all_who_wait_for_it(bench: Workbench) -> None:
+def test_a_revision_that_cannot_be_loaded_fails_all_who_wait_for_it(
+    bench: Workbench, tmp_path: Path
+) -> None:
     good = bench.revision("r", SPEC, 0)
     missing = digest_of(b"never stored")
     junk = bench.blobs.put(b"not an adapter")
     damaged = bench.revision("s", SPEC, 1)
     bench.scheduler._tiers.host.evict(damaged)
-    (path,) = bench.blobs._blobs.rglob(damaged.removeprefix("sha256:"))
-    path.write_bytes(path.read_bytes()[:-1])
+    damage(tmp_path / "store", damaged)
     cases: list[tuple[Digest, type[OpenMintError]]] = [
         (missing, NotFound),
         (junk, InvalidRequest),

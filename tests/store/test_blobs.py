@@ -1,4 +1,7 @@
-"""Blobs: durable order of operations, healing, damage, and several writers of one folder."""
+"""Blobs: durable order of operations, healing, damage, and several writers of one folder.
+
+Most of this is of files; `test_packs.py` is of small blobs.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ import pytest
 
 from openmint.errors import NotFound, StoreFailed
 from openmint.store.blobs import BlobStore, digest_of
+from openmint.store.pack_frames import SMALL_BYTES
 from openmint.types import Digest
 
-DATA = b"adapter bytes" * 1000
+DATA = b"adapter bytes" * 30_000
+assert len(DATA) > SMALL_BYTES
 
 
 def file_of(root: Path, digest: Digest) -> Path:
