@@ -254,5 +254,9 @@ def children() -> list[int]:
     """Live child processes of this one that run a worker."""
     import psutil
 
-    own = psutil.Process().children()
-    return [p.pid for p in own if "openmint.cluster.worker" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just ended
+            if "openmint.cluster.worker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
