@@ -151,11 +151,11 @@ class Service:
         process = self._processes[base] = await start_worker(base, self._settings, client)
         process.client.observer = self._metrics
         process.client.meter = self._gateway.meter
-        self._workers.add(process.client)
         info = process.base
+        install_client_files(Path(info.directory), info.name, self._settings.data / "client")
+        self._workers.add(process.client)  # from now on the service says that it is ready
         num_runs = await self._gateway.training.resume(info, process.ready.logged)
         await asyncio.to_thread(self._catalog.remember_base, base, CODEC.encode(info))
-        install_client_files(Path(info.directory), info.name, self._settings.data / "client")
         seconds = time.monotonic() - started_at
         log.info(
             "base_resident",

@@ -29,18 +29,25 @@ def page_keys(revision: Digest | None, tokens: Sequence[int], page_tokens: int) 
 
 
 class PagePool:
-    """The book of a fixed number of pages. Every page is used (count > 0) or free, never both."""
+    """The book of a fixed number of pages. Every page is used (count > 0) or free, never both.
+
+    Of the free ones those that nobody can find again go first, the one that was freed last before
+    the others: so the prefix cache loses nothing for them, and memory that no wave of sequences
+    needed yet is never touched.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free: OrderedDict[int, None] = OrderedDict((page, None) for page in range(num_pages))
+        self._blank = list(reversed(range(num_pages)))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        """Free pages that can be found by their key, the longest free first."""
         self._users: dict[int, int] = {}
         self._page_of: dict[PageKey, int] = {}
         self._key_of: dict[int, PageKey] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._blank) + len(self._cached)
 
     @property
     def num_used(self) -> int:
@@ -58,14 +65,16 @@ class PagePool:
     def share(self, pages: Sequence[int]) -> None:
         """Become one more user of cached pages."""
         for page in pages:
-            self._free.pop(page, None)
+            self._cached.pop(page, None)
             self._users[page] = self._users.get(page, 0) + 1
 
     def take(self) -> int:
         """A page of one's own; its old content is forgotten. The caller checks `num_free`."""
-        page, _ = self._free.popitem(last=False)
-        if (key := self._key_of.pop(page, None)) is not None:
-            del self._page_of[key]
+        if self._blank:
+            page = self._blank.pop()
+        else:
+            page, _ = self._cached.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
         self._users[page] = 1
         return page
 
@@ -81,11 +90,16 @@ class PagePool:
             self._users[page] -= 1
             if not self._users[page]:
                 del self._users[page]
-                self._free[page] = None
+                if page in self._key_of:
+                    self._cached[page] = None
+                else:
+                    self._blank.append(page)
 
     def check_integrity(self) -> None:
         """Assert the invariants; tests call it after random operations."""
-        assert not self._free.keys() & self._users.keys()
-        assert len(self._free) + len(self._users) == self.num_pages
+        free = [*self._blank, *self._cached]
+        assert sorted([*free, *self._users]) == list(range(self.num_pages))
+        assert self._cached.keys() <= self._key_of.keys()
+        assert not self._key_of.keys() & set(self._blank)
         assert all(count > 0 for count in self._users.values())
         assert {page: key for key, page in self._page_of.items()} == self._key_of

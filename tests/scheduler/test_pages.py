@@ -81,6 +81,18 @@ def test_a_chains_end_is_forgotten_before_its_beginning() -> None:
     assert pool.match([b"1", b"2", b"3"]) == pages[:2]
 
 
+def test_pages_that_nobody_can_find_go_first_and_new_ones_last() -> None:
+    pool = PagePool(4)
+    cached, blank = pool.take(), pool.take()
+    pool.remember(cached, b"1")
+    pool.release([cached, blank])
+    assert pool.take() == blank
+    assert {pool.take(), pool.take()} == {0, 1, 2, 3} - {cached, blank}
+    assert pool.match([b"1"]) == [cached]
+    assert pool.take() == cached
+    assert pool.match([b"1"]) == []
+
+
 def test_keys_stand_for_full_pages_only() -> None:
     assert [len(page_keys(None, range(n), 4)) for n in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
 
