@@ -146,9 +146,7 @@ class AdapterWeights:
         return self.flat_P.nbytes * padded(self.spec.rank) // self.spec.rank
 
     def on_host(self) -> AdapterWeights:
-        """The same in host memory, where they may be already."""
-        if self.flat_P.device.type == "cpu":
-            return self
+        """The same vector in host memory, where it may be already, and nothing laid out."""
         return AdapterWeights(self.layout, self.flat_P.cpu(), self.revision)
 
 

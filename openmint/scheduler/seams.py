@@ -28,7 +28,7 @@ class Weights(Protocol):
     @property
     def num_bytes(self) -> int: ...
     def on_host(self) -> Weights:
-        """The same in host memory, where they may be already."""
+        """The same in host memory, where they may be already, and nothing beside."""
         ...
 
 

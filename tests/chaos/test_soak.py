@@ -100,6 +100,7 @@ def test_nothing_grows(tiny_base: Callable[[str], Path], tmp_path: Path) -> None
     looks = list[Look]()
     environ = {
         "OPENMINT_SERVICE_FUTURE_TTL_SECONDS": "5",
+        "OPENMINT_WORKER_HOST_BYTES": str(16 << 20),
         "OPENMINT_WORKER_SERVING_BYTES": str(16 << 20),
     }
     bases = [str(tiny_base("llama"))]

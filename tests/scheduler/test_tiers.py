@@ -17,8 +17,8 @@ from openmint.scheduler.scheduler import EXPIRY_SECONDS
 from openmint.scheduler.tiers import TURN_STEPS
 from openmint.scheduler.work import Cancel, SampleDelta, SampleResult, SampleWork
 from openmint.store.blobs import digest_of
-from openmint.types import Digest, LoraSpec, Priority, SamplingParams, Tenant
-from tests.workbench import Workbench, prompt_of, random_model
+from openmint.types import Digest, LoraSpec, Priority, RunId, SamplingParams, Tenant
+from tests.workbench import Workbench, prompt_of, random_model, train_work
 
 SPEC = LoraSpec(4)
 T = Tenant("t")
@@ -205,6 +205,18 @@ def test_a_load_that_nobody_waits_for_any_more_is_not_made(model: Path, stored: 
         bench.scheduler.step()
     assert bench.scheduler.stats().revision_loads == 1
     assert_nothing_held(bench)
+
+
+def test_a_kept_export_takes_no_more_than_its_vector(model: Path, tmp_path: Path) -> None:
+    """Not what training laid out for the run's weights, which would go on unseen."""
+    bench = Workbench(model, tmp_path / "store", dtype="bfloat16")
+    digest = bench.revision("r", SPEC, 0)
+    run = bench.engine.runs[RunId("r")]
+    bench.do(train_work(RunId("r"), "cross_entropy", (7, 9), 0))
+    kept = bench.scheduler._tiers._weights[digest]
+    assert kept is not run.weights
+    assert not kept._tiles  # type: ignore[attr-defined]
+    assert kept.num_bytes == bench.scheduler.stats().host_bytes
 
 
 def test_a_thousand_who_want_one_cold_revision_cause_one_load(model: Path, stored: Stored) -> None:
