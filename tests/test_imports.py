@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "catalog": set(),
     "store": set(),
     "observe": set(),
-    "cluster": {"engine", "journal", "models", "observe", "scheduler", "store"},
+    "cluster": {"engine", "journal", "models", "observe", "residency", "scheduler", "store"},
     "journal": {"store"},
     "scheduler": {"residency"},
     "residency": set(),
