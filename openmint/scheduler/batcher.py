@@ -53,7 +53,7 @@ class Batcher:
         self._make_room(is_resident, fairness)
         num_places, num_pages = self._max_running - len(self.running), self.pool.num_free
         could_run = list(self.running)
-        for sequence in fairness.in_order(self.waiting):
+        for sequence in self._next_in_line(fairness):
             if sequence.revision is not None and not is_resident(sequence.revision):
                 continue
             # As `_admit` counts, but for what of it may be in the prefix cache.
@@ -78,7 +78,7 @@ class Batcher:
         # One that came later may have preempted an earlier one.
         running = {sequence.sequence_id for sequence in self.running}
         chunks = [chunk for chunk in chunks if chunk.sequence_id in running]
-        for sequence in fairness.in_order(self.waiting):
+        for sequence in self._next_in_line(fairness):
             if not budget or len(self.running) >= self._max_running:
                 break
             if sequence.revision is not None and not has_slot(sequence.revision):
@@ -115,6 +115,11 @@ class Batcher:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+
+    def _next_in_line(self, fairness: TenantClock) -> list[Sequence]:
+        """Those that wait, in turn; none while all places are taken, as looking takes time too."""
+        is_full = len(self.running) >= self._max_running
+        return [] if is_full else fairness.in_order(self.waiting)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         return sequence.chunk(min(len(sequence.tokens), sequence.num_computed + budget))

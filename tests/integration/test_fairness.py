@@ -20,7 +20,7 @@ from tests.servers import TestServer, running_server
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 PLACES, FLOOD = 16, 200
-NUM_ASKED = 60
+NUM_ASKED = 200
 MOST_RATIO = 1.5
 PROMPT = types.ModelInput.from_ints([504, 3575, 282, 4649])
 
