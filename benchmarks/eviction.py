@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,13 @@ from openmint.engine.formats import AdapterArchive, encode_revision
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.models.embedded import embedded_base
 from openmint.models.loader import load_model
-from openmint.residency.eviction import EvictionOrder, LeastFrequent, LeastRecent, LeastWorth
+from openmint.residency.eviction import LeastWorth
 from openmint.residency.load_times import LoadTimes
-from openmint.residency.replay import FarthestUse, Replayed, Use, replay
-from openmint.residency.tier import Tier
+from openmint.residency.replay import Replayed, Use, orders, replay
 from openmint.store.blobs import BlobStore
 from openmint.types import Digest, LoraSpec
 
-ORDERS = ("LRU", "LFU", "ours", "Belady")
+ORDERS = {"LRU": "lru", "LFU": "lfu", "ours": "ours", "Belady": "belady"}
 MEMORY_SHARE = 0.1
 """Of all revisions' bytes."""
 NUM_REAL, NUM_REAL_USES, NUM_LEARNED = 60, 600, 120
@@ -84,18 +83,6 @@ class RealLoads:
                 times.learn(use.num_bytes, self.load(use))
         return times
 
-    def replayed(self, uses: Sequence[Use], budget_bytes: int, times: LoadTimes) -> float:
-        """Seconds of the real loads that these uses cause; the memory's books are the same."""
-        tier, seconds = Tier(budget_bytes, LeastWorth(times)), 0.0
-        for use in uses:
-            tier.use(use.revision)
-            if use.revision not in tier:
-                seconds += self.load(use)
-                for revision in tier.room_for(use.num_bytes) or ():
-                    tier.evict(revision)
-                tier.admit(use.revision, use.num_bytes)
-        return seconds
-
 
 def calibration(repeats: int) -> tuple[LoadTimes, list[dict[str, float]]]:
     """Load times, and for each repeat the loading that was foretold and that was measured."""
@@ -108,22 +95,15 @@ def calibration(repeats: int) -> tuple[LoadTimes, list[dict[str, float]]]:
             picked = ranks[ranks <= NUM_REAL][:NUM_REAL_USES] - 1
             uses = [real.uses[index] for index in picked]
             times = real.learned()
-            foretold = replay(uses, LeastWorth(times), budget, times).load_seconds
-            measured = real.replayed(uses, budget, times)
+            foretold = replay(uses, LeastWorth(times), budget, foreseen(times)).load_seconds
+            measured = replay(uses, LeastWorth(times), budget, real.load).load_seconds
             found.append({"foretold": foretold, "measured": measured})
             print(f"calibration {seed + 1}: {found[-1]}", flush=True)
     return times, found
 
 
-def order_of(name: str, uses: Sequence[Use], times: LoadTimes, seed: int) -> EvictionOrder:
-    match name:
-        case "LRU":
-            return LeastRecent()
-        case "LFU":
-            return LeastFrequent()
-        case "ours":
-            return LeastWorth(times, seed)
-    return FarthestUse(uses)
+def foreseen(times: LoadTimes) -> Callable[[Use], float]:
+    return lambda use: times.seconds(use.num_bytes)
 
 
 def scores(times: LoadTimes, repeats: int) -> dict[str, dict[str, list[Replayed]]]:
@@ -134,10 +114,9 @@ def scores(times: LoadTimes, repeats: int) -> dict[str, dict[str, list[Replayed]
         by_order = found[trace] = {name: [] for name in ORDERS}
         for seed in range(repeats):
             uses = make(seed)
-            for name in ORDERS:
-                by_order[name].append(
-                    replay(uses, order_of(name, uses, times, seed), budget, times)
-                )
+            kept = orders(uses, times, seed)
+            for name, key in ORDERS.items():
+                by_order[name].append(replay(uses, kept[key], budget, foreseen(times)))
         print(f"{trace}: ours {seconds_of(by_order['ours']).show(' s')}", flush=True)
     return found
 

@@ -11,8 +11,7 @@ from openmint.cli.output import JsonFlag, progress, show
 from openmint.cli.remote import DEFAULT_DATA, DataOption
 from openmint.errors import InvalidRequest
 from openmint.residency.decisions import Decision, is_newest, read_decisions, times_of, uses_of
-from openmint.residency.eviction import EvictionOrder, LeastFrequent, LeastRecent, LeastWorth
-from openmint.residency.replay import FarthestUse, replay
+from openmint.residency.replay import orders, replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +66,10 @@ def _replays(base: str, decisions: list[Decision], memory_mib: int | None) -> li
         raise InvalidRequest(
             f"a revision of {largest} bytes was used; memory of {budget} bytes can't hold it"
         )
-    orders: dict[str, EvictionOrder] = {
-        "ours": LeastWorth(times),
-        "lru": LeastRecent(),
-        "lfu": LeastFrequent(),
-        "belady": FarthestUse(uses),
+    results = {
+        name: replay(uses, order, budget, lambda use: times.seconds(use.num_bytes))
+        for name, order in orders(uses, times).items()
     }
-    results = {name: replay(uses, order, budget, times) for name, order in orders.items()}
     return [
         Replay(
             base=base,

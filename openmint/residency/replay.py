@@ -8,10 +8,10 @@ virtual-storage computer", 1966), else a strong one to be compared with.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from openmint.residency.eviction import EvictionOrder
+from openmint.residency.eviction import EvictionOrder, LeastFrequent, LeastRecent, LeastWorth
 from openmint.residency.load_times import LoadTimes
 from openmint.residency.tier import Tier
 from openmint.types import Digest
@@ -37,10 +37,24 @@ class Replayed:
         return 1.0 - self.num_loads / max(1, self.num_uses)
 
 
+def orders(uses: Sequence[Use], times: LoadTimes, seed: int = 0) -> dict[str, EvictionOrder]:
+    """Ours and those that it is compared with, each for one replay of these uses."""
+    return {
+        "ours": LeastWorth(times, seed),
+        "lru": LeastRecent(),
+        "lfu": LeastFrequent(),
+        "belady": FarthestUse(uses),
+    }
+
+
 def replay(
-    uses: Sequence[Use], order: EvictionOrder, budget_bytes: int, times: LoadTimes
+    uses: Sequence[Use],
+    order: EvictionOrder,
+    budget_bytes: int,
+    load: Callable[[Use], float],
 ) -> Replayed:
-    """The loads that these uses cause in an empty memory, at what `times` says that each takes."""
+    """The loads that these uses cause in an empty memory; `load` says, or finds out, how many
+    seconds each takes."""
     tier = Tier(budget_bytes, order)
     num_loads, loaded_bytes, load_seconds = 0, 0, 0.0
     for use in uses:
@@ -49,7 +63,7 @@ def replay(
             continue
         num_loads += 1
         loaded_bytes += use.num_bytes
-        load_seconds += times.seconds(use.num_bytes)
+        load_seconds += load(use)
         leaving = tier.room_for(use.num_bytes)
         assert leaving is not None, "a revision is larger than the memory"
         for revision in leaving:

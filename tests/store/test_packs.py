@@ -648,6 +648,20 @@ def test_who_has_the_old_pack_open_still_reads_it(tmp_path: Path, small_packs: N
     assert reader.get(digests[0]) == blob(0)
 
 
+def move_what_is_found(
+    monkeypatch: pytest.MonkeyPatch, seeker: BlobStore, mover: BlobStore
+) -> None:
+    """Whatever `seeker` finds, `mover` compacts before it is read."""
+    find = seeker._packs.find
+
+    def find_and_move(digest: bytes) -> object:
+        copies = find(digest)
+        mover.compact()
+        return copies
+
+    monkeypatch.setattr(seeker._packs, "find", find_and_move)
+
+
 def test_what_moves_while_it_is_read_is_looked_for_again(
     tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -655,14 +669,7 @@ def test_what_moves_while_it_is_read_is_looked_for_again(
     digests = store.put_many(blob(number) for number in range(7))
     for digest in digests[1:]:
         store.delete(digest)
-    find = reader._packs.find
-
-    def find_and_move(digest: bytes) -> object:
-        copies = find(digest)
-        store.compact()
-        return copies
-
-    monkeypatch.setattr(reader._packs, "find", find_and_move)
+    move_what_is_found(monkeypatch, reader, store)
     assert reader.get(digests[0]) == blob(0)
 
 
@@ -674,14 +681,7 @@ def test_bytes_that_move_while_they_are_put_again_stay(
     digests = store.put_many(blob(number) for number in range(7))
     for digest in digests[1:]:
         store.delete(digest)
-    find = writer._packs.find
-
-    def find_and_move(digest: bytes) -> object:
-        copies = find(digest)
-        store.compact()
-        return copies
-
-    monkeypatch.setattr(writer._packs, "find", find_and_move)
+    move_what_is_found(monkeypatch, writer, store)
     writer.put(blob(0))
     assert len(store._packs.find(raw(digests[0]))) == 2
 
