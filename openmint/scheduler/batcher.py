@@ -6,13 +6,14 @@ takes part in the steps in which its revision has a slot.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from openmint.engine.plan import Chunk, ChunkOutcome, SampleBatch
 from openmint.scheduler.fairness import TenantClock
 from openmint.scheduler.pages import PagePool, page_keys
 from openmint.scheduler.sequences import DecodeText, Sequence
+from openmint.scheduler.waiting import Waiting
 from openmint.types import Digest, Tenant
 
 IsResident = Callable[[Digest], bool]
@@ -32,7 +33,7 @@ class Batcher:
     ) -> None:
         self.pool = PagePool(num_pages)
         self.page_tokens = page_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Waiting()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._step_tokens, self._max_running, self._decode = step_tokens, max_running, decode
@@ -45,7 +46,7 @@ class Batcher:
 
     def add(self, sequence: Sequence) -> None:
         sequence.keys = page_keys(sequence.revision, sequence.tokens, self.page_tokens)
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def ready(self, is_resident: IsResident, fairness: TenantClock) -> list[Digest]:
         """Revisions in memory that the next step could use: of those that run, then of as many that
@@ -116,10 +117,18 @@ class Batcher:
         else:
             self.waiting.remove(sequence)
 
-    def _next_in_line(self, fairness: TenantClock) -> list[Sequence]:
-        """Those that wait, in turn; none while all places are taken, as looking takes time too."""
-        is_full = len(self.running) >= self._max_running
-        return [] if is_full else fairness.in_order(self.waiting)
+    def _next_in_line(self, fairness: TenantClock) -> Iterator[Sequence]:
+        """Those that wait, in turn, while there are places."""
+        if len(self.running) >= self._max_running:
+            return
+        for tenant in self._in_turn(fairness):
+            yield from self.waiting.of(tenant)
+
+    def _in_turn(self, fairness: TenantClock) -> list[Tenant]:
+        """Tenants that wait, furthest behind first; of equals, who has fewer places."""
+        places = Counter(sequence.tenant for sequence in self.running)
+        order = [(fairness.used(each), places[each], each) for each in self.waiting.tenants]
+        return [tenant for _, _, tenant in sorted(order)]
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         return sequence.chunk(min(len(sequence.tokens), sequence.num_computed + budget))
@@ -155,20 +164,13 @@ class Batcher:
     def _make_room(self, is_resident: IsResident, fairness: TenantClock) -> None:
         """Send the youngest of tenants that have more than their share back to wait, as far as
         tenants that have less want places or pages."""
-        tenants = {sequence.tenant for sequence in (*self.running, *self.waiting)}
+        tenants = self.waiting.tenants | {sequence.tenant for sequence in self.running}
         if not self.waiting or len(tenants) < 2:
             return
         place_share = max(1, self._max_running // len(tenants))
         page_share = self.pool.num_pages // len(tenants)
-        running = Counter(sequence.tenant for sequence in self.running)
         num_free_places, num_free_pages = self._max_running - len(self.running), self.pool.num_free
-        for sequence in fairness.in_order(self.waiting):
-            is_ready = sequence.revision is None or is_resident(sequence.revision)
-            # Each makes room at most once, else two tenants could take turns without an end.
-            is_new = is_ready and not sequence.was_admitted and not sequence.made_room
-            if not is_new or running[sequence.tenant] >= place_share:
-                continue
-            running[sequence.tenant] += 1
+        for sequence in self._with_less(place_share, is_resident, fairness):
             num_free_places -= 1
             num_free_pages -= -(-len(sequence.tokens) // self.page_tokens) + 1
             while num_free_places < 0 or num_free_pages < 0:
@@ -180,19 +182,40 @@ class Batcher:
                 sequence.made_room = True
                 self._preempt(greedy)
 
+    def _with_less(
+        self, place_share: int, is_resident: IsResident, fairness: TenantClock
+    ) -> list[Sequence]:
+        """Sequences for which others may have to wait, until their tenants have their shares."""
+        places = Counter(sequence.tenant for sequence in self.running)
+        found = []
+        for tenant in self._in_turn(fairness):
+            num_wanted = place_share - places[tenant]
+            if num_wanted > 0:
+                # Each makes room at most once, else two tenants could take turns without an end.
+                line = [
+                    sequence
+                    for sequence in self.waiting.of(tenant)
+                    if not sequence.was_admitted
+                    and not sequence.made_room
+                    and (sequence.revision is None or is_resident(sequence.revision))
+                ]
+                found += line[:num_wanted]
+        return found
+
     def _greedy(
         self, beside: Tenant, place_share: int, page_share: int, fairness: TenantClock
     ) -> Sequence | None:
         """The youngest running sequence of the tenant that most exceeds its share, if one does that
-        has also used more tokens: else it would be let in again first."""
+        stands behind `beside` in turn: else it would be let in again first."""
         places, pages = Counter[Tenant](), Counter[Tenant]()
         for sequence in self.running:
             places[sequence.tenant] += 1
             pages[sequence.tenant] += len(sequence.pages)
+        mine = (fairness.used(beside), places[beside])
         excess = {
             tenant: max(places[tenant] / place_share, pages[tenant] / max(1, page_share))
             for tenant in places
-            if tenant != beside and fairness.used(tenant) > fairness.used(beside)
+            if tenant != beside and (fairness.used(tenant), places[tenant]) > mine
         }
         worst = max(excess, key=excess.__getitem__, default=None)
         if worst is None or excess[worst] <= 1.0:
@@ -213,16 +236,18 @@ class Batcher:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to wait; it will recompute from its tokens."""
+        """Send a running sequence back to wait. Its full pages are offered to whom they may serve,
+        itself first: it recomputes what of them is gone when it returns."""
+        sequence.keys = page_keys(sequence.revision, sequence.tokens, self.page_tokens)
+        self._offer_full_pages(sequence)
         self.running.remove(sequence)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.num_computed = [], 0
-        sequence.keys = page_keys(sequence.revision, sequence.tokens, self.page_tokens)
-        self.waiting.appendleft(sequence)
+        self.waiting.add_first(sequence)
         self.num_preemptions += 1
 
     def _offer_full_pages(self, sequence: Sequence) -> None:
-        """Full prompt pages are offered for sharing."""
+        """Full pages that have a key are offered for sharing."""
         num_full = min(sequence.num_computed // self.page_tokens, len(sequence.keys))
         for page, key in zip(sequence.pages[:num_full], sequence.keys[:num_full], strict=True):
             self.pool.remember(page, key)

@@ -1,19 +1,23 @@
 """`python -m tests.integration.flood URL KEY NUM`: keeps so many completions under way until it is
-killed. A process of its own, so that it takes nothing from the client beside it."""
+killed. Of many lengths: those of a real flood do not end in the same step. A process of its own, so
+that it takes nothing from the client beside it."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 
 import httpx
 
-BODY = {"model": "tiny-llama", "prompt": [504, 3575, 282, 4649], "max_tokens": 200, "seed": 2}
+BODY = {"model": "tiny-llama", "prompt": [504, 3575, 282, 4649], "seed": 2}
+SHORTEST, LONGEST = 150, 250
 
 
-async def keep_asking(http: httpx.AsyncClient) -> None:
+async def keep_asking(http: httpx.AsyncClient, lengths: random.Random) -> None:
     while True:
-        (await http.post("/v1/completions", json=BODY)).raise_for_status()
+        body = BODY | {"max_tokens": lengths.randint(SHORTEST, LONGEST)}
+        (await http.post("/v1/completions", json=body)).raise_for_status()
 
 
 async def flood(url: str, key: str, num_requests: int) -> None:
@@ -22,7 +26,7 @@ async def flood(url: str, key: str, num_requests: int) -> None:
     async with httpx.AsyncClient(
         base_url=url, headers=headers, limits=limits, timeout=120.0
     ) as http:
-        await asyncio.gather(*(keep_asking(http) for _ in range(num_requests)))
+        await asyncio.gather(*(keep_asking(http, random.Random(i)) for i in range(num_requests)))
 
 
 if __name__ == "__main__":

@@ -335,3 +335,29 @@ def test_tenants_at_their_shares_take_nothing_from_each_other() -> None:
         pass
     assert loop.batcher.num_preemptions <= 4
     assert len(loop.done) == 24
+
+
+def test_a_newcomer_takes_its_place_in_the_very_next_step() -> None:
+    """Its clock starts where the busy tenant's is; of equals, who has fewer places goes first."""
+    loop = Loop(num_pages=200, max_running=8)
+    for _ in range(20):
+        loop.add([1, 2, 3], max_tokens=60, tenant="flood")
+    for _ in range(5):
+        loop.step()
+    mine = loop.add([4, 5, 6], max_tokens=4, tenant="mine")
+    loop.step()
+    assert mine in loop.batcher.running
+
+
+def test_who_made_place_for_another_finds_its_pages_when_it_returns() -> None:
+    loop = Loop(num_pages=200, step_tokens=100, max_running=4)
+    floods = [loop.add(prompt_of(9, seed), max_tokens=60, tenant="flood") for seed in range(4)]
+    for _ in range(30):
+        loop.step()
+    loop.add([4, 5, 6], max_tokens=4, tenant="mine")
+    loop.run()
+    assert loop.batcher.num_preemptions == 1
+    for sequence in floods:
+        again = loop.num_computed[sequence.sequence_id] - (len(sequence.tokens) - 1)
+        assert again <= PAGE
+    loop.assert_empty()
