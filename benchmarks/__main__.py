@@ -26,6 +26,7 @@ QUESTIONS = (
     "durability",
     "eviction",
     "wave",
+    "packed",
     "startup",
     "control",
     "load",

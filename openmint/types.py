@@ -5,6 +5,7 @@ Shape suffixes: T tokens, N positions of one datum, K candidates, S sequences.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -73,17 +74,25 @@ class TargetModule:
     num_out: int
 
 
-LAYER = re.compile(r"(.*\.)?layers\.\d+\.")
+LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+EXPERT = re.compile(r"(?<=experts\.)(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class TargetStack:
-    """Targets that differ in their layer alone. All their A are one tensor, and all their B."""
+    """Targets that differ in their layer and expert alone. All their A are one tensor, and all
+    their B."""
 
     name: str
-    """The path within a layer, e.g. `mlp.up_proj`."""
+    """The path within a layer or expert, e.g. `mlp.up_proj`, `mlp.experts.up_proj`."""
     targets: tuple[TargetModule, ...]
-    """Layer by layer."""
+    """Layer by layer, and in a layer expert by expert."""
+    grid: tuple[int, ...]
+    """`(layers,)`, or `(layers, experts)`."""
+
+    @property
+    def group(self) -> TargetGroup:
+        return self.targets[0].group
 
     @property
     def num_in(self) -> int:
@@ -96,12 +105,19 @@ class TargetStack:
 
 def stacks_of(targets: Iterable[TargetModule]) -> tuple[TargetStack, ...]:
     """The targets as an adapter's tensors and its flat vector have them: in the order of names."""
-    stacks: dict[str, list[TargetModule]] = {}
+    stacks: dict[str, dict[tuple[int, ...], TargetModule]] = {}
     for target in targets:
-        stacks.setdefault(LAYER.sub("", target.path), []).append(target)
-    for name, members in stacks.items():
-        assert len({(t.num_in, t.num_out) for t in members}) == 1, f"{name} has several shapes"
-    return tuple(TargetStack(name, tuple(stacks[name])) for name in sorted(stacks))
+        places = [match for kind in (LAYER, EXPERT) if (match := kind.search(target.path))]
+        name = EXPERT.sub("", LAYER.sub("", target.path))
+        stacks.setdefault(name, {})[tuple(int(match[1]) for match in places)] = target
+    return tuple(_stack(name, stacks[name]) for name in sorted(stacks))
+
+
+def _stack(name: str, members: Mapping[tuple[int, ...], TargetModule]) -> TargetStack:
+    assert len({(t.num_in, t.num_out) for t in members.values()}) == 1, f"{name} has several shapes"
+    grid = tuple(len(set(axis)) for axis in zip(*members, strict=True)) or (1,)
+    assert math.prod(grid) == len(members), f"{name} lacks experts in some layers"
+    return TargetStack(name, tuple(members[place] for place in sorted(members)), grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +138,15 @@ class BaseInfo:
     num_params: int
     weight_bytes: int
     max_rank: int
-    targets: tuple[TargetModule, ...]
+    stacks: tuple[TargetStack, ...]
+
+    def stacks_of(self, spec: LoraSpec) -> tuple[TargetStack, ...]:
+        """The modules that `spec` adapts, as its adapter files have them."""
+        return tuple(stack for stack in self.stacks if stack.group in spec.groups)
 
     def targets_of(self, spec: LoraSpec) -> tuple[TargetModule, ...]:
         """The modules that `spec` adapts."""
-        return tuple(target for target in self.targets if target.group in spec.groups)
+        return tuple(target for stack in self.stacks_of(spec) for target in stack.targets)
 
 
 @dataclass(frozen=True, slots=True)

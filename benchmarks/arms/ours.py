@@ -34,8 +34,8 @@ from openmint.scheduler.work import (
     SampleWork,
     TrainWork,
 )
-from openmint.store.adapter_file import to_peft
 from openmint.store.blobs import BlobStore
+from openmint.store.peft_file import to_peft
 from openmint.types import (
     AdamParams,
     Digest,

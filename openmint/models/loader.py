@@ -13,7 +13,7 @@ from openmint.errors import InvalidRequest
 from openmint.models import dense
 from openmint.models.model import Model
 from openmint.models.weights import Weights
-from openmint.types import BaseInfo, Digest
+from openmint.types import BaseInfo, Digest, stacks_of
 
 FAMILIES = dict.fromkeys(dense.ARCHITECTURES, dense.DenseModel)
 """Architecture names of config.json, and who computes them. A new family adds its line here."""
@@ -77,7 +77,7 @@ def describe(
         num_params=num_params,
         weight_bytes=num_params * DTYPES[config.dtype].itemsize,
         max_rank=config.max_rank,
-        targets=model.targets,
+        stacks=stacks_of(model.targets),
     )
 
 

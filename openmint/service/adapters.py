@@ -22,8 +22,9 @@ from openmint.service.collector import Collector
 from openmint.service.limits import Limits
 from openmint.service.probes import Probes, Published
 from openmint.service.workers import Workers
-from openmint.store.adapter_file import check_adapter, from_peft, to_peft
+from openmint.store.adapter_file import check_adapter
 from openmint.store.blobs import BlobStore
+from openmint.store.peft_file import from_peft, to_peft
 from openmint.types import BaseInfo, Tenant
 
 

@@ -32,8 +32,8 @@ from openmint.service.sampling import Sampler, Sampling
 from openmint.service.sessions import Sessions
 from openmint.service.training import LiveRun, NewRun, Training
 from openmint.service.workers import Workers
-from openmint.store.adapter_file import to_peft
 from openmint.store.blobs import BlobStore
+from openmint.store.peft_file import to_peft
 from openmint.types import Digest, RunId, SessionId, Tenant
 
 EXTERNAL_FILES = ("adapter_config.json", "adapter_model.safetensors")

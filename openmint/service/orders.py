@@ -29,6 +29,7 @@ from openmint.types import (
     LossSpec,
     SessionId,
     TargetModule,
+    TargetStack,
 )
 
 START_SEQ = 0
@@ -108,7 +109,7 @@ CODEC = Codec(
         *(StartOrder, LoadOrder, SaveOrder, SamplerOrder, TrainWork, OptimWork),
         *(CreateRun, RestoreRun, LoraSpec, AdamParams, Datum, LossSpec),
         *(TrainResult, OptimResult, Failure),
-        *(BaseInfo, TargetModule),
+        *(BaseInfo, TargetStack, TargetModule),
     )
 )
 

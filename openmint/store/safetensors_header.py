@@ -18,6 +18,8 @@ from openmint.errors import InvalidRequest, UnsupportedFormat
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_TENSORS = 50_000
+"""Limits of a file of which nothing is known; one of a base with more targets may have more."""
+MAX_ENTRY_BYTES = 256
 MAX_DIMENSIONS = 8
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,254}")
@@ -65,26 +67,30 @@ def encode_safetensors(tensors: Mapping[str, TensorBytes], metadata: Mapping[str
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def read_header(data: bytes) -> Header:
-    """Metadata and tensor entries. Raises UnsupportedFormat for pickles and archives,
-    InvalidRequest for anything else that is not a sound safetensors file of float tensors."""
+def read_header(data: bytes, num_expected: int = 0) -> Header:
+    """Metadata and tensor entries. `num_expected` tensors may be in it however many that is.
+
+    Raises UnsupportedFormat for pickles and archives, InvalidRequest for anything else that is not
+    a sound safetensors file of float tensors.
+    """
+    most_bytes = max(MAX_HEADER_BYTES, num_expected * MAX_ENTRY_BYTES)
+    most_tensors = max(MAX_TENSORS, num_expected)
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > MAX_HEADER_BYTES or 8 + length > len(data):
+    if len(data) < 8 or length > most_bytes or 8 + length > len(data):
         if data.startswith(FOREIGN):
             raise UnsupportedFormat(
                 "these bytes are a pickle or an archive; only safetensors is read here. Save the "
                 "adapter with save_pretrained(..., safe_serialization=True)"
             )
-        limit = MAX_HEADER_BYTES
         raise InvalidRequest(
-            f"not safetensors: header of {length} bytes (limit {limit}) in {len(data)}"
+            f"not safetensors: header of {length} bytes (limit {most_bytes}) in {len(data)}"
         )
     raw = _parse(data[8 : 8 + length])
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InvalidRequest("safetensors __metadata__ must map names to strings")
-    if len(raw) > MAX_TENSORS:
-        raise InvalidRequest(f"safetensors file of {len(raw)} tensors; the limit is {MAX_TENSORS}")
+    if len(raw) > most_tensors:
+        raise InvalidRequest(f"safetensors file of {len(raw)} tensors; the limit is {most_tensors}")
     tensors = {name: _entry(name, value, 8 + length) for name, value in raw.items()}
     position = 8 + length
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].start):

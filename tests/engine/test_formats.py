@@ -13,13 +13,13 @@ from openmint.errors import InvalidRequest, OpenMintError
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.store.blobs import BlobStore
 from openmint.store.safetensors_header import encode_safetensors, read_header
-from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule
+from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule, stacks_of
 
 SPEC = LoraSpec(rank=2, train_attn=False, train_unembed=False)
 TARGET = TargetModule("model.layers.0.mlp.up_proj", "mlp", 6, 10)
 BASE = BaseInfo(
     *("tiny", Digest("sha256:" + "0" * 64), "llama", "", "float32", "cpu", 96, 64, (2,), 1, 1, 8),
-    (TARGET,),
+    stacks_of([TARGET]),
 )
 NUM_PARAMS = 2 * (6 + 10)
 
@@ -51,7 +51,9 @@ def test_a_revisions_file_is_its_header_and_the_flat_vector(tmp_path, dtype):
             ("self_attn.q_proj", "attn", 6, 4),
         )
     ]
-    base = replace(BASE, dtype=dtype, targets=(*targets, TargetModule("lm_head", "unembed", 6, 9)))
+    base = replace(
+        BASE, dtype=dtype, stacks=stacks_of((*targets, TargetModule("lm_head", "unembed", 6, 9)))
+    )
     spec = LoraSpec(rank=3)
     layout = AdapterLayout(spec, base.targets_of(spec))
     flat_P = torch.randn(layout.num_params).to(getattr(torch, dtype))

@@ -7,7 +7,7 @@ import torch
 
 from openmint.engine.optimizer import AdamState, SpareState, adamw
 from openmint.engine.runs import Runs
-from openmint.types import AdamParams, BaseInfo, Digest, LoraSpec, RunId, TargetModule
+from openmint.types import AdamParams, BaseInfo, Digest, LoraSpec, RunId, TargetModule, stacks_of
 
 SPEC = LoraSpec(rank=2, train_attn=False, train_unembed=False)
 ADAM = AdamParams(learning_rate=1e-2)
@@ -15,10 +15,10 @@ A, B = RunId("a"), RunId("b")
 
 
 def runs_in(dtype: torch.dtype) -> Runs:
-    target = TargetModule("model.layers.0.mlp.up_proj", "mlp", 6, 10)
+    stacks = stacks_of([TargetModule("model.layers.0.mlp.up_proj", "mlp", 6, 10)])
     digest = Digest("sha256:" + "0" * 64)
     name = str(dtype).removeprefix("torch.")
-    base = BaseInfo("tiny", digest, "llama", "", name, "cpu", 96, 64, (2,), 1, 1, 8, (target,))
+    base = BaseInfo("tiny", digest, "llama", "", name, "cpu", 96, 64, (2,), 1, 1, 8, stacks)
     return Runs(base, dtype, 1 << 20)
 
 

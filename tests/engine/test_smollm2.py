@@ -47,8 +47,9 @@ def test_fp32_logprobs_and_gradients_equal_peft(
     run_id = bench.trained("r", LoraSpec(8), seed=0, scale=0.01)
     work = next_token_work(run_id, prompts)
     result = bench.do(work)
-    model = peft_model(embedded_base, bench, run_id)
-    total = torch.zeros(())
+    # In fp64, as peft's own rounding in fp32 is ten times ours (1e-4 in the last layers).
+    model = peft_model(embedded_base, bench, run_id).double()
+    total = torch.zeros((), dtype=torch.float64)
     for item, ours in zip(work.data, result.logprobs, strict=True):
         logits = model(torch.from_numpy(item.tokens_N)[None]).logits[0]
         targets = torch.from_numpy(item.inputs["target_tokens"])[:, None]
@@ -62,7 +63,7 @@ def test_fp32_logprobs_and_gradients_equal_peft(
     for path, pair in run.layout.views(run.grads_P).items():
         names = [f"base_model.model.{path}.lora_{x}.default.weight" for x in "AB"]
         for ours, expected in zip((pair[0], pair[1].t()), (theirs[n] for n in names), strict=True):
-            assert float((ours - expected).norm() / expected.norm()) < 1e-4, path
+            assert float((ours - expected).norm() / expected.norm()) < 4e-5, path
 
 
 def gaps_between_sampler_and_trainer(

@@ -199,7 +199,7 @@ def test_overflowing_loss_is_refused_and_the_run_goes_on_unharmed(tmp_path: Path
 def test_exported_adapter_in_peft_reproduces_the_trainers_logprobs(tmp_path: Path) -> None:
     import peft
 
-    from openmint.store.adapter_file import to_peft
+    from openmint.store.peft_file import to_peft
     from tests.workbench import reference
 
     bench = Workbench(random_model("qwen2", tmp_path / "base"), tmp_path / "store")

@@ -48,7 +48,7 @@ def test_targets_name_every_linear_of_the_family(tmp_path: Path) -> None:
     bench = Workbench(random_model("qwen3", tmp_path / "base"), tmp_path / "store")
     modules = dict(reference(tmp_path / "base").named_modules())
     linears = {n: m for n, m in modules.items() if isinstance(m, torch.nn.Linear)}
-    ours = {t.path: (t.num_in, t.num_out) for t in bench.base.targets}
+    ours = {t.path: (t.num_in, t.num_out) for stack in bench.base.stacks for t in stack.targets}
     assert ours == {n: (m.in_features, m.out_features) for n, m in linears.items()}
 
 

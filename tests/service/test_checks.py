@@ -8,7 +8,7 @@ from openmint.types import BaseInfo, Datum, Digest, LoraSpec, LossSpec
 BASE = BaseInfo(
     name="tiny", digest=Digest("sha256:0"), architecture="llama", directory="/x", dtype="float32",
     device="cpu", vocab_size=10, context_length=8, eos_token_ids=(0,), num_params=1,
-    weight_bytes=4, max_rank=16, targets=(),
+    weight_bytes=4, max_rank=16, stacks=(),
 )  # fmt: skip
 
 

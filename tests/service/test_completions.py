@@ -114,7 +114,7 @@ def worker(folder: Path) -> ScriptedWorker:
         num_params=1,
         weight_bytes=4,
         max_rank=8,
-        targets=(),
+        stacks=(),
     )
     loaded = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return ScriptedWorker(base, lambda text: list(loaded.encode(text).ids))

@@ -1,77 +1,29 @@
-"""Adapter files: stable bytes, admission, PEFT in and out with the real `peft`, mutants."""
+"""Adapter files: stable bytes, admission, mutants."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import random
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import safetensors.torch
 import torch
-import transformers
 
 from openmint.errors import InvalidRequest, OpenMintError, UnsupportedFormat
 from openmint.store.adapter_file import (
-    PREFIX,
     check_adapter,
     encode_adapter,
     expected_tensors,
     from_float32,
-    from_peft,
     to_float32,
-    to_peft,
 )
 from openmint.store.safetensors_header import TensorBytes, read_header
-from openmint.types import BaseInfo, Digest, LoraSpec, TargetGroup, TargetModule
+from openmint.types import Digest, LoraSpec
+from tests.store.tiny_base import BASE, mutant
 
-CONFIG = transformers.LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-GROUP_OF: dict[str, TargetGroup] = {
-    "q_proj": "attn",
-    "k_proj": "attn",
-    "v_proj": "attn",
-    "o_proj": "attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-    "lm_head": "unembed",
-}
-LAYERS = [module for module in GROUP_OF if module != "lm_head"]
 SPEC = LoraSpec(4, 8.0)
-
-
-def llama() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(CONFIG).eval()
-
-
-def base_info(dtype: str = "float32") -> BaseInfo:
-    targets = tuple(
-        TargetModule(path, GROUP_OF[leaf], module.in_features, module.out_features)
-        for path, module in llama().named_modules()
-        if (leaf := path.rpartition(".")[2]) in GROUP_OF
-    )
-    digest = Digest("sha256:" + "ab" * 32)
-    return BaseInfo("tiny/llama", digest, "llama", "", dtype, "cpu", 96, 64, (2,), 1, 1, 8, targets)
-
-
-BASE = base_info()
 
 
 def random_tensors(spec: LoraSpec = SPEC, dtype: str = "F32") -> dict[str, TensorBytes]:
@@ -84,21 +36,6 @@ def random_tensors(spec: LoraSpec = SPEC, dtype: str = "F32") -> dict[str, Tenso
 
 def adapter(spec: LoraSpec = SPEC) -> bytes:
     return encode_adapter(random_tensors(spec), BASE.digest, spec)
-
-
-def peft_files(directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """A random adapter as `peft` writes it, and the model that holds it."""
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": LAYERS, **settings}
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(llama(), config)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = (0.1 * torch.randn_like(parameter)).to(dtype)
-    model.save_pretrained(directory, save_embedding_layers=False)
-    weights = (directory / "adapter_model.safetensors").read_bytes()
-    return weights, json.loads((directory / "adapter_config.json").read_text()), model
 
 
 def test_equal_weights_give_equal_bytes_in_any_order() -> None:
@@ -190,115 +127,6 @@ def test_bfloat16_rounds_to_nearest_even_like_torch() -> None:
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_peft_folder_is_imported_and_exported_with_the_same_outputs(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
-    weights, config, model = peft_files(tmp_path / "in", dtype)
-    data = from_peft(weights, config, BASE)
-    assert check_adapter(data, BASE).spec == LoraSpec(4, 8.0, train_unembed=False)
-    (tmp_path / "out").mkdir()
-    for name, content in to_peft(data, BASE).items():
-        (tmp_path / "out" / name).write_bytes(content)
-    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
-    tokens = torch.arange(24).reshape(2, 12)
-    with torch.no_grad():
-        # peft itself computes in fp32 where the base does.
-        theirs, ours = model.float().eval()(tokens).logits, loaded(tokens).logits
-        assert not torch.allclose(llama()(tokens).logits, theirs, atol=1e-3)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj", LAYERS])
-def test_the_targets_may_be_a_list_a_pattern_or_all_linear(tmp_path: Path, targets: Any) -> None:
-    weights, config, _ = peft_files(tmp_path, target_modules=targets)
-    spec = check_adapter(from_peft(weights, config, BASE), BASE).spec
-    assert spec.groups == ("attn", "mlp")
-
-
-def test_an_adapter_of_the_output_layer_goes_both_ways(tmp_path: Path) -> None:
-    weights, config, _ = peft_files(tmp_path, target_modules=["lm_head"])
-    data = from_peft(weights, config, BASE)
-    assert check_adapter(data, BASE).spec.groups == ("unembed",)
-    assert json.loads(to_peft(data, BASE)["adapter_config.json"])["target_modules"] == ["lm_head"]
-
-
-def test_import_rounds_to_the_dtype_of_the_base(tmp_path: Path) -> None:
-    weights, config, _ = peft_files(tmp_path)
-    data = from_peft(weights, config, dataclasses.replace(BASE, dtype="bfloat16"))
-    exported = to_peft(data, dataclasses.replace(BASE, dtype="bfloat16"))
-    theirs = safetensors.torch.load(weights)
-    ours = safetensors.torch.load(exported["adapter_model.safetensors"])
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in ours)
-
-
-def test_half_a_target_group_is_refused_with_the_missing_modules(tmp_path: Path) -> None:
-    weights, config, _ = peft_files(tmp_path, target_modules=["q_proj", "v_proj"])
-    with pytest.raises(InvalidRequest) as refusal:
-        from_peft(weights, config, BASE)
-    assert f"{PREFIX}model.layers.0.self_attn.k_proj.lora_A.weight: missing" in str(refusal.value)
-    assert "o_proj" in refusal.value.message
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"bias": "all"},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
-        {"modules_to_save": ["lm_head"]},
-        {"fan_in_fan_out": True},
-        {"lora_bias": True},
-        {"layers_to_transform": [0]},
-        {"layer_replication": [[0, 2]]},
-        {"alora_invocation_tokens": [1]},
-        {"init_lora_weights": "pissa_niter_4"},
-        {"peft_type": "LOHA"},
-        {"r": True},
-        {"r": 9},
-        {"r": 0},
-        {"r": "4"},
-        {"r": 10**30},
-        {"lora_alpha": float("nan")},
-        {"lora_alpha": -1},
-        {"lora_alpha": None},
-        {"use_dora": "\ud800" * 5000},
-    ],
-    ids=lambda setting: next(iter(setting)),
-)
-def test_settings_that_change_the_computation_are_refused(
-    tmp_path: Path, setting: dict[str, Any]
-) -> None:
-    weights, config, _ = peft_files(tmp_path)
-    with pytest.raises(InvalidRequest) as refusal:
-        from_peft(weights, {**config, **setting}, BASE)
-    assert len(refusal.value.message.encode()) < 500
-
-
-def mutant(data: bytes, rng: random.Random) -> bytes:
-    """`data` with a few bytes of its header, mostly, changed, cut, repeated or moved."""
-    changed = bytearray(data)
-    header = 8 + int.from_bytes(data[:8], "little")
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(header if rng.random() < 0.9 else len(changed))
-        match rng.randrange(5):
-            case 0:
-                changed[at] = rng.randrange(256)
-            case 1:
-                changed[at] ^= 1 << rng.randrange(8)
-            case 2:
-                del changed[at : at + rng.randint(1, 9)]
-            case 3:
-                changed[at:at] = changed[at : at + rng.randint(1, 9)]
-            case 4:
-                changed[at : at + 1] = rng.choice([b"[", b'"', b"-", b"1e9", b"9" * 20, b"null"])
-        header = min(header, len(changed))
-    return bytes(changed)
-
-
 def test_mutants_are_admitted_or_refused_and_never_more() -> None:
     spec = LoraSpec(1, 8.0, train_mlp=False, train_unembed=False)
     data, rng, num_refused = adapter(spec), random.Random(5), 0
@@ -312,13 +140,3 @@ def test_mutants_are_admitted_or_refused_and_never_more() -> None:
             expected = expected_tensors(BASE, header.spec)
             assert {n: e.shape for n, e in read_header(changed).tensors.items()} == expected
     assert num_refused > 10_000
-
-
-def test_mutants_of_a_peft_file_are_admitted_or_refused(tmp_path: Path) -> None:
-    weights, config, _ = peft_files(tmp_path, r=1, target_modules=["lm_head"])
-    rng = random.Random(6)
-    for _ in range(5_000):
-        try:
-            check_adapter(from_peft(mutant(weights, rng), config, BASE), BASE)
-        except OpenMintError as refusal:
-            refusal.message.encode()

@@ -12,7 +12,12 @@ import pytest
 from safetensors.numpy import save
 
 from openmint.errors import InvalidRequest, RequestError, UnsupportedFormat
-from openmint.store.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS, read_header
+from openmint.store.safetensors_header import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    encode_safetensors,
+    read_header,
+)
 
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 LOTS = 2**39
@@ -124,3 +129,11 @@ def test_a_hostile_header_costs_little(header: str) -> None:
 def test_a_header_over_the_cap_is_refused_unread() -> None:
     with pytest.raises(InvalidRequest, match="limit"):
         read_header(packed(b"{" * (MAX_HEADER_BYTES + 1)))
+
+
+def test_a_base_of_many_targets_may_have_as_many_tensors() -> None:
+    tensors = {f"{'t' * 60}{n}": ("F32", (1,), bytes(4)) for n in range(MAX_TENSORS + 1)}
+    data = encode_safetensors(tensors, {})
+    with pytest.raises(InvalidRequest, match="limit"):
+        read_header(data)
+    assert len(read_header(data, MAX_TENSORS + 1).tensors) == MAX_TENSORS + 1
