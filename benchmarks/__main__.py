@@ -27,6 +27,7 @@ QUESTIONS = (
     "eviction",
     "wave",
     "packed",
+    "routing",
     "startup",
     "control",
     "load",

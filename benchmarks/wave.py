@@ -23,7 +23,7 @@ from benchmarks.processes import BASES, Stage
 from benchmarks.raw_http import Connection, Connections, Site
 from openmint.catalog.catalog import Catalog
 from openmint.cli.open_files import allow_open_files
-from openmint.cluster.worker import STATS_SECONDS
+from openmint.cluster.worker_client import STATS_SECONDS
 from openmint.config import WorkerConfig
 from openmint.engine.formats import AdapterArchive
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
@@ -111,11 +111,11 @@ async def burst(site: Site, models: Sequence[str], seed: int) -> Burst:
     async with Connections(site, len(models)) as connections:
         started_at = time.monotonic()
         pairs = zip(connections, models, prompts.tolist(), strict=True)
-        answers = await asyncio.gather(*(_ask(site, *each) for each in pairs))
+        answers = await asyncio.gather(*(complete(site, *each) for each in pairs))
         return Burst(answers, time.monotonic() - started_at)
 
 
-async def _ask(site: Site, connection: Connection, model: str, prompt: list[int]) -> Answer:
+async def complete(site: Site, connection: Connection, model: str, prompt: list[int]) -> Answer:
     request = site.request(
         "/v1/completions", model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0
     )

@@ -128,12 +128,19 @@ class ServiceConfig:
     drift_alarm: float = 0.25
     """Nats between trainer and sampler, on one token of a revision's probe, above which the log and
     `openmint_probes_total` say so. 0 to 0.05 is usual; with int8 weights up to 0.2."""
+    routing: str = "residency"
+    """How one of several workers of a base is chosen: `residency`, or `sticky`, by a hash of the
+    revision alone."""
     worker_silence_seconds: float = 300.0
     """A worker that says nothing for this long is taken to hang: it is killed and started again.
     It speaks between steps, so keep this above the longest step."""
 
     def __post_init__(self) -> None:
         _at_least("service.snapshot_updates", self.snapshot_updates, 1)
+        if self.routing not in ("residency", "sticky"):
+            raise InvalidRequest(
+                f"setting service.routing is residency or sticky, got {self.routing!r}"
+            )
         _at_least("service.worker_silence_seconds", self.worker_silence_seconds, 3)
 
 
@@ -149,12 +156,18 @@ class Settings:
     """Folder of the database, the store, converted bases and the first admin key."""
     bases: tuple[str, ...] = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
     """Resident base models: the embedded name, or local Hugging Face folders."""
+    replicas: int = 1
+    """Workers of each base, each with a copy of it. The first trains and serves, the others serve:
+    a sample goes to the one that has its revision, unless another is much less busy."""
     database_url: str = ""
     """The catalogue's database: `postgresql://user:password@host/database` (docs/operations.md) or
     `sqlite:///path`; empty means SQLite inside the data folder. Set the environment variable, so
     that `openmint keys` and `doctor` use it too."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("replicas", self.replicas, 1)
 
 
 def load_settings(

@@ -38,6 +38,7 @@ from openmint.observe.logs import configure_logs
 from openmint.observe.metrics import Metrics
 from openmint.service.gateway import Gateway, build_gateway
 from openmint.service.orders import CODEC
+from openmint.service.routing import ROUTINGS
 from openmint.service.workers import Workers
 from openmint.store.blobs import BlobStore
 from openmint.types import Tenant
@@ -49,6 +50,9 @@ GRACE_SECONDS = 10
 RESTART_SECONDS, MAX_RESTART_SECONDS = 0.1, 60.0
 WATCH_SECONDS = 1.0
 DEFAULT_TENANT = Tenant("default")
+
+Place = tuple[str, int]
+"""Of a worker: its base as in the settings, and which of its workers it is."""
 
 
 def run_gateway(settings: Settings, listener: socket.socket) -> None:
@@ -72,14 +76,18 @@ class Service:
         self, settings: Settings, catalog: Catalog, listener: socket.socket, url: str
     ) -> None:
         self._settings, self._listener, self._url = settings, listener, url
-        self._workers = Workers(len(settings.bases))
+        self._workers = Workers(len(settings.bases), ROUTINGS[settings.service.routing])
         self._catalog = catalog
-        self._clients = {base: WorkerClient() for base in settings.bases}
-        self._processes: dict[str, WorkerProcess] = {}
+        self._clients: dict[Place, WorkerClient] = {
+            (base, replica): WorkerClient(replica)
+            for base in settings.bases
+            for replica in range(settings.replicas)
+        }
+        self._processes: dict[Place, WorkerProcess] = {}
         self._expect_bases()
         self._metrics = Metrics(__version__)
         self._metrics.watch_workers(
-            lambda: [(c.base.name, c.alive, c.stats) for c in self._workers.all()]
+            lambda: [(c.name, c.alive, c.stats) for c in self._workers.all()]
         )
         store = BlobStore(settings.data)
         store.sweep_incoming()
@@ -91,7 +99,7 @@ class Service:
 
     def _expect_bases(self) -> None:
         """Let clients ask bases that an earlier process had; what they ask waits."""
-        for base, client in self._clients.items():
+        for (base, _), client in self._clients.items():
             if (known := self._catalog.known_base(base)) is not None:
                 client.expect(CODEC.decode(known))
                 self._workers.add(client)
@@ -128,7 +136,7 @@ class Service:
     async def _load_bases(self, server: uvicorn.Server) -> None:
         """Load all bases at once; then keep a worker alive behind each of them."""
         try:
-            await asyncio.gather(*(self._start(base) for base in self._settings.bases))
+            await asyncio.gather(*map(self._start, self._clients))
         except OpenMintError as error:
             self._failure = error
             server.should_exit = True
@@ -142,34 +150,36 @@ class Service:
         gc.collect()
         gc.freeze()
         _say_ready(self._settings, self._url)
-        watches = [self._end_silent(base) for base in self._settings.bases]
-        await asyncio.gather(*(self._keep_alive(base) for base in self._settings.bases), *watches)
+        watches = map(self._end_silent, self._clients)
+        await asyncio.gather(*map(self._keep_alive, self._clients), *watches)
 
-    async def _start(self, base: str) -> None:
-        started_at = time.monotonic()
-        client = self._clients[base]
-        process = self._processes[base] = await start_worker(base, self._settings, client)
-        process.client.observer = self._metrics
-        process.client.meter = self._gateway.meter
+    async def _start(self, place: Place) -> None:
+        started_at, (base, replica) = time.monotonic(), place
+        client, num_runs = self._clients[place], 0
+        process = self._processes[place] = await start_worker(base, self._settings, client)
+        client.observer, client.meter = self._metrics, self._gateway.meter
         info = process.base
-        install_client_files(Path(info.directory), info.name, self._settings.data / "client")
-        self._workers.add(process.client)  # from now on the service says that it is ready
-        num_runs = await self._gateway.training.resume(info, process.ready.logged)
-        await asyncio.to_thread(self._catalog.remember_base, base, CODEC.encode(info))
+        if replica:
+            self._workers.add(client)
+        else:
+            install_client_files(Path(info.directory), info.name, self._settings.data / "client")
+            self._workers.add(client)  # from now on the service says that it is ready
+            num_runs = await self._gateway.training.resume(info, process.ready.logged)
+            await asyncio.to_thread(self._catalog.remember_base, base, CODEC.encode(info))
         seconds = time.monotonic() - started_at
         log.info(
             "base_resident",
-            base=info.name,
+            base=client.name,
             digest=info.digest,
             seconds=round(seconds, 2),
             resumed_runs=num_runs,
         )
         what = f"{info.architecture}, {info.num_params / 1e6:.0f} M parameters, {info.dtype}"
-        console.print(f"  resident    {info.name} ({what}, {info.device}) after {seconds:.1f} s")
+        console.print(f"  resident    {client.name} ({what}, {info.device}) after {seconds:.1f} s")
         if num_runs:
             console.print(f"  resumed     {num_runs} training runs on {info.name}")
 
-    async def _end_silent(self, base: str) -> None:
+    async def _end_silent(self, place: Place) -> None:
         """Kill a worker that hangs; `_keep_alive` starts the next one.
 
         Silence is counted in looks, so that a gateway that was itself stopped blames nobody.
@@ -177,28 +187,28 @@ class Service:
         heard_at, silent_seconds = 0.0, 0.0
         while not self._stopping.is_set():
             await asyncio.sleep(WATCH_SECONDS)
-            worker = self._processes[base]
+            worker = self._processes[place]
             if not worker.client.alive or worker.client.heard_at_seconds != heard_at:
                 heard_at, silent_seconds = worker.client.heard_at_seconds, 0.0
                 continue
             silent_seconds += WATCH_SECONDS
             if silent_seconds > self._settings.service.worker_silence_seconds:
-                log.error("worker_silent", base=worker.base.name, seconds=silent_seconds)
+                log.error("worker_silent", base=worker.client.name, seconds=silent_seconds)
                 with contextlib.suppress(ProcessLookupError):  # it ended by itself
                     worker.process.kill()
 
-    async def _keep_alive(self, base: str) -> None:
+    async def _keep_alive(self, place: Place) -> None:
         pause_seconds = RESTART_SECONDS
         while True:
-            code = await self._processes[base].process.wait()
+            code = await self._processes[place].process.wait()
             if self._stopping.is_set():
                 return
-            name = self._processes[base].base.name
+            name = self._clients[place].name
             log.error("worker_died", base=name, exit_code=code, restart_in_seconds=pause_seconds)
             self._metrics.worker_restarts.labels(name).inc()
             await asyncio.sleep(pause_seconds)
             try:
-                await self._start(base)
+                await self._start(place)
                 pause_seconds = RESTART_SECONDS
             except Exception as error:  # a task's edge: whatever it was may pass
                 log.error("worker_restart_failed", base=name, exc_info=error)

@@ -57,12 +57,14 @@ class WorkerProcess:
 async def start_worker(
     base: str, settings: Settings, client: WorkerClient | None = None
 ) -> WorkerProcess:
-    """A worker whose base is resident; behind the client of the one that it succeeds, if given.
+    """A worker whose base is resident; behind the client of the one that it succeeds, if given, and
+    then its replica.
 
     Raises EngineFailed that says why when it can't be.
     """
     ours, theirs = socket.socketpair()
-    num_workers = max(1, len(settings.bases))
+    client = client or WorkerClient()
+    num_workers = max(1, len(settings.bases) * settings.replicas)
     threads = settings.worker.threads or max(1, (os.cpu_count() or 1) // num_workers)
     environment = {
         **MEMORY_ENVIRONMENT,
@@ -83,7 +85,7 @@ async def start_worker(
             env=environment,
         )
     reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
-    setup = WorkerSetup(base, settings.data, settings.worker, threads)
+    setup = WorkerSetup(base, settings.data, settings.worker, threads, client.replica)
     writer.write(frame(setup))
     try:
         answer = await read_frame(reader)
@@ -103,6 +105,5 @@ async def start_worker(
         await process.wait()
         raise EngineFailed(f"base {base!r} could not be loaded: {answer.error}")
     assert isinstance(answer, Ready)
-    client = client or WorkerClient()
     client.connect(reader, writer, answer)
     return WorkerProcess(process, client, answer)

@@ -24,11 +24,12 @@ import torch
 from transformers import AutoTokenizer
 
 from openmint.cluster.link import HEADER, frame
+from openmint.cluster.worker_client import STATS_SECONDS
 from openmint.cluster.worker_setup import WorkerSetup
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
 from openmint.errors import EngineFailed, OpenMintError
-from openmint.journal.update_log import UpdateLog, folder_of
+from openmint.journal.update_log import NoLog, UpdateLog, folder_of
 from openmint.models.embedded import EMBEDDED_BASE, base_digest, resolve_base
 from openmint.models.loader import load_model
 from openmint.observe.logs import configure_logs
@@ -46,7 +47,6 @@ from openmint.scheduler.work import (
 )
 from openmint.store.blobs import BlobStore
 
-STATS_SECONDS = 1.0
 STORE_THREADS = 2
 NICENESS = 5
 """The engine's threads fill all cores for long at a time, so they let the gateway go first: beside
@@ -159,9 +159,11 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     engine = Engine(model, base, setup.config)
     archive = AdapterArchive(BlobStore(setup.data), base)
-    folder = folder_of(setup.data, digest)
-    updates = UpdateLog(folder, digest, inbox.post, setup.config.updates_per_sync)
-    decisions = DecisionLog(path_of(setup.data, digest), setup.config.host_bytes)
+    updates: UpdateLog | NoLog = NoLog()
+    if not setup.replica:
+        folder = folder_of(setup.data, digest)
+        updates = UpdateLog(folder, digest, inbox.post, setup.config.updates_per_sync)
+    decisions = DecisionLog(path_of(setup.data, digest, setup.replica), setup.config.host_bytes)
     scheduler = Scheduler(
         engine,
         archive,

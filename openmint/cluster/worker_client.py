@@ -22,6 +22,7 @@ from openmint.scheduler.work import (
     Drain,
     Failed,
     Forget,
+    Prewarm,
     Ready,
     Result,
     SampleDelta,
@@ -49,6 +50,8 @@ class Meter(Protocol):
     def spent(self, base: str, seconds: Mapping[Tenant, float]) -> None: ...
 
 
+STATS_SECONDS = 1.0
+"""How often a worker says what it holds."""
 RETURN_SECONDS = 120.0
 """How long samples wait for a worker that died to be started again."""
 STOPPED = "stopped while this was running"
@@ -108,10 +111,14 @@ class WorkerClient:
 
     base: BaseInfo
     epoch: int
-    """How many workers have had the base's journal, the present one included."""
+    """How many workers have had the base's journal, the present one included; 0 of a replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: int = 0) -> None:
+        self.replica = replica
+        """0 is the worker that trains; the others of the base only draw samples."""
         self.stats = WorkerStats()
+        self._resident: frozenset[Digest] = frozenset()
+        self._asked_at: dict[Digest, float] = {}
         self.heard_at_seconds = 0.0
         """When the worker last said something; it does so about once a second, between steps."""
         self.observer: Observer | None = None
@@ -141,6 +148,7 @@ class WorkerClient:
             self._fail_all("was restarted with other weights")
         self.base, self.epoch = ready.base, ready.epoch
         self._writer, self._is_over = writer, False
+        self._resident = frozenset()
         self._pump = asyncio.create_task(
             self._receive(reader), name=f"worker-link:{self.base.name}"
         )
@@ -149,8 +157,22 @@ class WorkerClient:
                 self._start(work_id, waiting)
 
     @property
+    def name(self) -> str:
+        """The base's, and of a replica which one it is."""
+        return f"{self.base.name}#{self.replica}" if self.replica else self.base.name
+
+    @property
     def alive(self) -> bool:
         return self._writer is not None
+
+    @property
+    def num_waiting(self) -> int:
+        """Commands whose results have not come."""
+        return len(self._waiting)
+
+    def has(self, revision: Digest) -> bool:
+        """Whether the revision is in the worker's memory, or likely to be on its way there."""
+        return revision in self._resident or revision in self._asked_at
 
     def sampled_revisions(self, tenant: Tenant) -> set[Digest]:
         """Those that samples of the tenant run on or wait for."""
@@ -211,6 +233,8 @@ class WorkerClient:
         work_id = next(self._work_ids)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         waiting = self._waiting[work_id] = Waiting(command, future, stream)
+        if isinstance(command, SampleWork | Prewarm) and command.revision is not None:
+            self._asked_at[command.revision] = time.monotonic()
         started_at, ok = time.monotonic(), False
         try:
             if self.alive:
@@ -292,11 +316,22 @@ class WorkerClient:
                 if (waiting := self._waiting.get(work_id)) and waiting.stream:
                     self._deliver_delta(work_id, waiting, waiting.stream, delta)
             case WorkerStats():
-                self.stats = message
+                self._take_in(message)
                 if self.meter:
                     self.meter.spent(self.base.name, message.tenant_seconds)
             case Ready():
                 pass  # said once, before anything else, and heard by whoever started the worker
+
+    def _take_in(self, stats: WorkerStats) -> None:
+        self.stats, self._resident = stats, frozenset(stats.resident_revisions)
+        # What was asked for since then, or is still waited for, may not be there yet.
+        recent = time.monotonic() - STATS_SECONDS
+        wanted = {getattr(each.command, "revision", None) for each in self._waiting.values()}
+        self._asked_at = {
+            revision: asked_at
+            for revision, asked_at in self._asked_at.items()
+            if asked_at > recent or revision in wanted
+        }
 
     def _deliver_delta(
         self, work_id: int, waiting: Waiting, stream: Stream, delta: SampleDelta

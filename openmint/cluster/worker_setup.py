@@ -17,3 +17,5 @@ class WorkerSetup:
     data: Path
     config: WorkerConfig
     threads: int
+    replica: int = 0
+    """Which worker of the base this is. The first, 0, has its training runs and their journal."""

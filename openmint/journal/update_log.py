@@ -395,11 +395,15 @@ def _locked(folder: Path) -> int:
 
 
 class NoLog:
-    """The log of an engine whose work nobody may miss, in a benchmark or a test."""
+    """The log of an engine whose work nobody would miss: of a worker that only draws samples, or in
+    a benchmark."""
 
     epoch = 0
     num_bytes = 0
     is_sound = True
+
+    def whole(self) -> dict[RunId, tuple[int, ...]]:
+        return {}
 
     def find(self, run_id: RunId, seq: int, *, must_be: bool) -> Logged | None:
         return None

@@ -80,8 +80,10 @@ def is_newest(path: Path) -> bool:
     return path.suffixes == [".jsonl"]
 
 
-def path_of(data: Path, base: Digest) -> Path:
-    return data / "residency" / f"{base.removeprefix('sha256:')}.jsonl"
+def path_of(data: Path, base: Digest, replica: int = 0) -> Path:
+    """The log of one worker of a base."""
+    which = f"-{replica}" if replica else ""
+    return data / "residency" / f"{base.removeprefix('sha256:')}{which}.jsonl"
 
 
 def read_decisions(path: Path) -> Iterator[Decision]:

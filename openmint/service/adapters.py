@@ -79,7 +79,7 @@ class Adapters:
         return SavedBlob(self.store.put(data), len(data), spec, num_optim_steps=0)
 
     def _only_base(self) -> BaseInfo:
-        clients = self.workers.all()
+        clients = self.workers.first()
         if len(clients) != 1:
             names = ", ".join(sorted(client.base.name for client in clients)) or "none"
             raise InvalidRequest(f"name the base of the adapter; resident: {names}")

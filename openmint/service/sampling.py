@@ -221,7 +221,8 @@ class Sampling:
         work: SampleWork,
         layout: SparseLayout | None,
     ) -> object:
-        result = await self._workers.by_digest(sampler.base.digest).call(work)
+        client = self._workers.to_sample(sampler.base.digest, work.revision)
+        result = await client.call(work)
         assert isinstance(result, SampleResult)
         return SampleAnswer(_last_n_only(result, request.prompt_logprobs_last_n), layout)
 

@@ -68,8 +68,7 @@ class Targets:
         address.
         """
         if self._is_base(model):
-            client = self.workers.by_name(model)
-            return Target(client, client.base, None)
+            return self._bound(self.workers.by_name(model).base, None)
         if model.startswith(SCHEME):
             base, revision = self.sampling.bind(tenant, None, model)
             saved = readable_checkpoint(self.catalog, tenant, model)
@@ -81,7 +80,7 @@ class Targets:
 
     def list_models(self, tenant: Tenant) -> tuple[list[ModelCard], bool]:
         """The bases, and the tenant's policies under each alias; whether there are more."""
-        cards = [_base_card(client.base) for client in self.workers.all()]
+        cards = [_base_card(client.base) for client in self.workers.first()]
         page = self.catalog.policies(tenant, limit=MAX_LISTED_POLICIES)
         for policy in page.items:
             created = int(policy.created_at.timestamp())
@@ -105,16 +104,17 @@ class Targets:
         try:
             address = PolicyAddress.parse(model)
         except InvalidRequest as error:
-            bases = ", ".join(sorted(client.base.name for client in self.workers.all()))
+            bases = ", ".join(sorted(client.base.name for client in self.workers.first()))
             raise NotFound(f"no such model: {error.message}, nor a base ({bases})") from None
         resolved = self.catalog.resolve(tenant, str(address))
         revision = resolved.revision
-        client = self.workers.by_digest(revision.base_digest)
+        client = self.workers.to_sample(revision.base_digest, revision.digest)
         policy = f"{revision.tenant}/{revision.policy_name}"
         return Target(client, client.base, revision.digest, policy, resolved.alias)
 
     def _bound(self, base: BaseInfo, revision: Digest | None, policy: str | None = None) -> Target:
-        return Target(self.workers.by_digest(base.digest), base, revision, policy)
+        client = self.workers.to_sample(base.digest, revision)
+        return Target(client, base, revision, policy)
 
     def _is_base(self, model: str) -> bool:
         """Whether a resident base answers to the name; a base's name may look like a policy's."""

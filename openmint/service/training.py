@@ -523,7 +523,7 @@ class Training:
                 next_seq = next_seq_of(rows, self._catalog.snapshot_of(run_id))
                 dormant = Dormant(run_id, first.tenant, start, pending, next_seq, rows[-1].seq)
                 self._dormant[start.base].append(dormant)
-        for client in self._workers.all():
+        for client in self._workers.first():
             self._wake(client.base)
         self._catalog.lose_runs()
 

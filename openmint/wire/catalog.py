@@ -242,7 +242,7 @@ def encode_audit_event(event: AuditEvent) -> Json:
     }
 
 
-def encode_worker(base: BaseInfo, stats: WorkerStats, *, alive: bool) -> Json:
+def encode_worker(base: BaseInfo, stats: WorkerStats, *, replica: int, alive: bool) -> Json:
     """A base's worker: what it is and its counters; which revisions are resident stays out."""
     counters = asdict(stats)
     counters.pop("resident_revisions")
@@ -255,6 +255,7 @@ def encode_worker(base: BaseInfo, stats: WorkerStats, *, alive: bool) -> Json:
         "dtype": base.dtype,
         "context_length": base.context_length,
         "weight_bytes": base.weight_bytes,
+        "replica": replica,
         "alive": alive,
         **counters,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import openai
 import pytest
 import tinker
 
+from openmint.cluster.worker_client import STATS_SECONDS
 from tests.chaos.training import Job
 from tests.servers import TestServer, running_server
 
@@ -129,6 +131,38 @@ def test_a_cold_revision_that_cannot_be_there_in_time_is_refused_with_a_time(
     assert int(refused.value.response.headers["retry-after"]) >= 1
     assert "not in memory" in refused.value.message
     assert say(client, POLICIES[2]).openmint["policy"] == POLICIES[2]
+
+
+def test_a_thousand_who_want_the_same_cold_revision_cause_one_load(
+    server: TestServer, http: httpx.Client, client: openai.OpenAI
+) -> None:
+    fill_memory_but(client, POLICIES[1])
+    wait_until(lambda: revision(http, POLICIES[1])["tiers"] == ["store"])
+    before = num_loads(http)
+    asyncio.run(ask_at_once(server, POLICIES[1], 1_000, revision(http, POLICIES[1])["digest"]))
+    time.sleep(2 * STATS_SECONDS)
+    assert num_loads(http) == before + 1
+
+
+def num_loads(http: httpx.Client) -> int:
+    (base,) = http.get("/catalog/v1/stats").json()["bases"]
+    count: int = base["revision_loads"]
+    return count
+
+
+async def ask_at_once(server: TestServer, model: str, count: int, expected: str) -> None:
+    """So many answers by the expected revision."""
+    headers = {"Authorization": f"Bearer {server.admin_key}"}
+    limits = httpx.Limits(max_connections=count)
+    body = {"model": model, "prompt": [504, 3575], "max_tokens": 1}
+    async with httpx.AsyncClient(
+        base_url=server.url, headers=headers, limits=limits, timeout=120.0
+    ) as asking:
+        answers = await asyncio.gather(
+            *(asking.post("/v1/completions", json=body) for _ in range(count))
+        )
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.headers["X-OpenMint-Revision"] for answer in answers} == {expected}
 
 
 def test_how_urgent_a_request_is_has_openais_names(client: openai.OpenAI) -> None:

@@ -398,10 +398,13 @@ async def list_audit(
 
 @router.get("/stats")
 async def stats(caller: Caller, gateway: App) -> wire.Json:
-    """What each base's worker holds and has done, as of about a second ago."""
+    """What each worker holds and has done, as of about a second ago."""
     caller.require(*READERS)
     return {
-        "bases": [wire.encode_worker(c.base, c.stats, alive=c.alive) for c in gateway.workers.all()]
+        "bases": [
+            wire.encode_worker(c.base, c.stats, replica=c.replica, alive=c.alive)
+            for c in gateway.workers.all()
+        ]
     }
 
 

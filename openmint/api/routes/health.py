@@ -20,9 +20,10 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz")
 async def readyz(gateway: App) -> JSONResponse:
     """200 once every base is resident in a live worker that can log, else 503 with what is
-    missing."""
+    missing. Replicas are shown; the service can do without them."""
     states = gateway.workers.states()
-    is_complete = len(states) == len(gateway.settings.bases)
-    ready = is_complete and all(state == "ready" for state in states.values())
+    needed = [states[client.name] for client in gateway.workers.first()]
+    is_complete = len(needed) == len(gateway.settings.bases)
+    ready = is_complete and all(state == "ready" for state in needed)
     content = {"status": "ready" if ready else "unavailable", "bases": states}
     return JSONResponse(content, 200 if ready else 503)

@@ -95,7 +95,7 @@ async def capabilities(caller: Caller, gateway: App) -> dict[str, Any]:
             "trainable": True,
             "sampleable": True,
         }
-        for client in gateway.workers.all()
+        for client in gateway.workers.first()
     ]
     return {"supported_models": models}
 

@@ -1,0 +1,112 @@
+"""Two workers of one base: one trains, both serve, and a revision is read by one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tinker
+
+from tests.chaos.training import Job
+from tests.servers import (
+    READY_SECONDS,
+    TestServer,
+    running_server,
+    start_server,
+    stop_server,
+    wait_until_ready,
+    workers_of,
+)
+
+pytestmark = pytest.mark.integration
+
+POLICIES = [f"default/there-{number}" for number in range(8)]
+NUM_ASKED = 200
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TestServer]:
+    root, bases = tmp_path_factory.mktemp("replicas"), [str(tiny_base("llama"))]
+    with (
+        running_server(root, bases=bases) as server,
+        tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service,
+    ):
+        for seed, policy in enumerate(POLICIES):
+            run = service.create_lora_training_client(
+                "tiny-llama",
+                rank=4,
+                seed=seed,
+                user_metadata={"policy": policy.removeprefix("default/")},
+            ).result()
+            run.forward_backward(Job(seed, "cross_entropy").data(0), "cross_entropy").result()
+            run.optim_step(tinker.types.AdamParams(learning_rate=1e-2)).result()
+            run.save_weights_for_sampler("one").result()
+    # Again, with two workers whose memories are empty; their deaths are errors in its log.
+    environ = {"OPENMINT_REPLICAS": "2"}
+    server = start_server(root, root / "data", bases=bases, environ=environ)
+    try:
+        wait_until_ready(server)
+        deadline = time.monotonic() + READY_SECONDS
+        while sum(worker["alive"] for worker in workers(server)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield server
+    finally:
+        stop_server(server)
+
+
+def workers(server: TestServer) -> list[dict[str, Any]]:
+    """What each worker says of itself."""
+    headers = {"Authorization": f"Bearer {server.admin_key}"}
+    answer = httpx.get(f"{server.url}/catalog/v1/stats", headers=headers).raise_for_status()
+    found: list[dict[str, Any]] = answer.json()["bases"]
+    return found
+
+
+async def ask(server: TestServer, models: list[str]) -> list[tuple[str, str]]:
+    """The revision and the text of an answer of each of these models, all asked at once."""
+    headers = {"Authorization": f"Bearer {server.admin_key}"}
+    limits = httpx.Limits(max_connections=len(models))
+    async with httpx.AsyncClient(
+        base_url=server.url, headers=headers, limits=limits, timeout=120.0
+    ) as http:
+
+        async def one(model: str) -> tuple[str, str]:
+            body = {"model": model, "prompt": [504, 3575], "max_tokens": 8, "seed": 1}
+            answer = (await http.post("/v1/completions", json=body)).raise_for_status()
+            return answer.headers["X-OpenMint-Revision"], answer.json()["choices"][0]["text"]
+
+        return await asyncio.gather(*map(one, models))
+
+
+def wanted(server: TestServer, policy: str) -> str:
+    headers = {"Authorization": f"Bearer {server.admin_key}"}
+    url = f"{server.url}/catalog/v1/policies/{policy}/revisions/latest"
+    digest: str = httpx.get(url, headers=headers).raise_for_status().json()["digest"]
+    return digest
+
+
+def test_both_serve_each_revision_is_read_once_and_one_may_die(server: TestServer) -> None:
+    models = [POLICIES[number % len(POLICIES)] for number in range(NUM_ASKED)]
+    answers = asyncio.run(ask(server, models))
+    expected = {policy: wanted(server, policy) for policy in POLICIES}
+    assert [revision for revision, _ in answers] == [expected[model] for model in models]
+    for policy in POLICIES:
+        texts = {text for model, (_, text) in zip(models, answers, strict=True) if model == policy}
+        assert len(texts) == 1, "workers draw the same tokens"
+    both = workers(server)
+    assert [worker["replica"] for worker in both] == [0, 1]
+    assert sum(worker["revision_loads"] for worker in both) == len(POLICIES)
+    assert all(worker["generated_tokens"] > 0 for worker in both)
+    # One of them dies under load: what waits for it is drawn again, what comes goes to the other.
+    for victim in workers_of(server):
+        victim.kill()
+        again = asyncio.run(ask(server, models))
+        assert again == answers
