@@ -26,7 +26,7 @@ from openmint.models.loader import load_model
 from openmint.residency.eviction import LeastWorth
 from openmint.residency.load_times import LoadTimes
 from openmint.residency.replay import Replayed, Use, orders, replay
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.types import Digest, LoraSpec
 
 ORDERS = {"LRU": "lru", "LFU": "lfu", "ours": "ours", "Belady": "belady"}
@@ -57,9 +57,9 @@ class RealLoads:
     def __init__(self, folder: Path) -> None:
         directory, config = embedded_base(BASES), WorkerConfig()
         _, base = load_model("base", directory, Digest("sha256:" + "0" * 64), config)
-        self._archive = AdapterArchive(BlobStore(folder), base)
+        self._archive = AdapterArchive(FolderStore(folder), base)
         generator = torch.Generator().manual_seed(0)
-        blobs = BlobStore(folder)
+        blobs = FolderStore(folder)
         self.uses: list[Use] = []
         for index in range(NUM_REAL):
             spec = LoraSpec(RANKS[index % len(RANKS)], train_unembed=False)

@@ -22,7 +22,7 @@ from benchmarks.house import Line, Report, Spread, table, verdict
 from benchmarks.processes import THREADS, Stage
 from openmint.engine.formats import decode_revision, encode_revision
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.store.peft_file import PREFIX, to_peft
 from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule, stacks_of
 
@@ -97,7 +97,7 @@ class Loads:
         flat_P.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
         data = encode_revision(AdapterWeights(layout, flat_P), base)
         self._base, self._layout = base, layout
-        self._blobs = BlobStore(folder)
+        self._blobs = FolderStore(folder)
         self.digest = self._blobs.put(data)
         (self.packed_file,) = (path for path in folder.rglob("*") if path.stat().st_size > 1 << 26)
         self.single_file = folder / "adapter_model.safetensors"

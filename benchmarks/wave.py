@@ -30,7 +30,7 @@ from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.models.embedded import EMBEDDED_BASE, base_digest, embedded_base
 from openmint.models.loader import load_model
 from openmint.scheduler.work import SavedBlob
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.types import LoraSpec, Tenant
 from tests.servers import TestServer, running_server, workers_of
 
@@ -89,7 +89,7 @@ def fill(data: Path, count: int) -> list[str]:
     directory = embedded_base(BASES)
     digest = base_digest(directory, BASES)
     _, base = load_model(EMBEDDED_BASE, directory, digest, WorkerConfig())
-    archive = AdapterArchive(BlobStore(data), base)
+    archive = AdapterArchive(FolderStore(data), base)
     layout = AdapterLayout(SPEC, base.targets_of(SPEC))
     catalog = Catalog.open(f"sqlite:///{data / 'openmint.db'}")
     generator = torch.Generator().manual_seed(0)

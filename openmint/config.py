@@ -163,6 +163,10 @@ class Settings:
     """The catalogue's database: `postgresql://user:password@host/database` (docs/operations.md) or
     `sqlite:///path`; empty means SQLite inside the data folder. Set the environment variable, so
     that `openmint keys` and `doctor` use it too."""
+    store_url: str = ""
+    """Where adapters and training states are kept: `s3://bucket/prefix` (docs/operations.md), with
+    key, region and endpoint in the usual `AWS_*` variables; empty means inside the data folder. Set
+    the environment variable, so that `openmint doctor` and `backup` know it too."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
 

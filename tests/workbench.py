@@ -32,7 +32,7 @@ from openmint.scheduler.work import (
     ToGateway,
     TrainWork,
 )
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.types import (
     BaseInfo,
     Datum,
@@ -129,7 +129,7 @@ class Workbench:
         digest = Digest("sha256:" + "0" * 64)
         self.model, self.base = load_model("tiny", directory, digest, self.config)
         self.engine = Engine(self.model, self.base, self.config)
-        self.blobs = BlobStore(store)
+        self.blobs = FolderStore(store)
         archive = AdapterArchive(self.blobs, self.base)
         self.answers: dict[int, ToGateway] = {}
         self.deltas: list[Delta] = []

@@ -34,7 +34,7 @@ from openmint.scheduler.work import (
     SampleWork,
     TrainWork,
 )
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.store.peft_file import to_peft
 from openmint.types import (
     AdamParams,
@@ -58,7 +58,7 @@ class Service(InProcess):
         self.config = WorkerConfig(threads=threads, **worker)
         model, self.base = load_model("base", Path(base), DIGEST, self.config)
         engine = Engine(model, self.base, self.config)
-        self.blobs = BlobStore(store)
+        self.blobs = FolderStore(store)
         super().__init__(engine, AdapterArchive(self.blobs, self.base), self.config)
 
 

@@ -24,7 +24,7 @@ from openmint.scheduler.work import (
     SampleResult,
     SampleWork,
 )
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.types import (
     BaseInfo,
     Digest,
@@ -74,7 +74,7 @@ class Bench(InProcess):
 
 def stored(folder: Path) -> MakeArchive:
     """Revisions in a store, as a worker has them."""
-    return lambda base: AdapterArchive(BlobStore(folder), base)
+    return lambda base: AdapterArchive(FolderStore(folder), base)
 
 
 def make_bench(scale: Scale, make_archive: MakeArchive, **worker: Any) -> Bench:

@@ -29,7 +29,7 @@ from benchmarks.in_process import TENANT
 from openmint.engine.formats import AdapterArchive
 from openmint.layers.adapters import AdapterWeights
 from openmint.scheduler.work import ExportRun
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.types import Digest, FloatArray, IntArray, LoraSpec
 
 TITLE = "Hand-over of new weights, three ways"
@@ -95,7 +95,7 @@ def rows(scale: Scale) -> Iterator[dict[str, Any]]:
     size = scale.handoff
     settings = {"kv_cache_bytes": min(2**31, scale.worker["kv_cache_bytes"])}
     with TemporaryDirectory() as root:
-        blobs = BlobStore(Path(root) / "store")
+        blobs = FolderStore(Path(root) / "store")
         bench = make_bench(scale, partial(TimedArchive, blobs), **settings)
         adapter, weights = adapter_arm(bench, scale)
         arms = [adapter]

@@ -23,7 +23,7 @@ from openmint.cli.remote import DEFAULT_DATA, DataOption
 from openmint.config import load_settings
 from openmint.errors import InvalidRequest, NotFound, StoreFailed
 from openmint.journal.update_log import SUFFIX, Segment
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.types import Digest
 
 TRIES = 5
@@ -48,13 +48,15 @@ def backup(
     data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Copy a data folder, also while a server uses it. Restore: `openmint serve --data` the copy,
-    or a copy of it. Converted bases are left out; they are made again from the packages. Of a
-    catalogue on PostgreSQL it says what to do instead."""
-    if url := load_settings(flags={"data": data}).database_url:
+    or a copy of it. Converted bases are left out; they are made again from the packages. So are
+    the bytes of a store on S3, whose bucket has versions or copies of its own. Of a catalogue on
+    PostgreSQL it says what to do instead."""
+    settings = load_settings(flags={"data": data})
+    if settings.database_url:
         raise InvalidRequest(
-            f"the catalogue is not in {data} but at {shown(url)}: dump it first (PostgreSQL: "
-            f"pg_dump --format=custom), then copy {data} without bases/; docs/operations.md says "
-            "how both are restored"
+            f"the catalogue is not in {data} but at {shown(settings.database_url)}: dump it first "
+            f"(PostgreSQL: pg_dump --format=custom), then copy {data} without bases/; "
+            "docs/operations.md says how both are restored"
         )
     if not (data / DATABASE_FILE).is_file():
         raise InvalidRequest(
@@ -65,15 +67,25 @@ def backup(
     with progress("copying") as display:
         for _ in range(TRIES):
             _copy_catalogue(data, to)
-            _copy_blobs(data, to, display)
+            if not settings.store_url:
+                _copy_blobs(data, to, display)
             _copy_journal(data, to)
-            if not (missing := list(_missing(to))):
+            blobs = () if settings.store_url else _missing_blobs(to)
+            if not (missing := [*blobs, *_missing_updates(to)]):
                 break
         else:
-            raise StoreFailed(f"what the catalogue names kept going away: {missing[0]}; try again")
+            raise StoreFailed(
+                f"what the catalogue names kept going away: {missing[0]}; try again, with "
+                "OPENMINT_STORE_URL if the store is on S3"
+            )
     if (data / ADMIN_KEY_FILE).is_file():
         shutil.copy2(data / ADMIN_KEY_FILE, to / ADMIN_KEY_FILE)
     console.print(f"{to} is a copy of {data}; `openmint serve --data {to}` goes on from it")
+    if settings.store_url:
+        console.print(
+            f"without adapters and states: {settings.store_url} was not copied. Have the bucket "
+            "keep deleted versions for as long as you keep this copy, or replicate it"
+        )
 
 
 def _copy_catalogue(data: Path, to: Path) -> None:
@@ -87,7 +99,7 @@ def _copy_catalogue(data: Path, to: Path) -> None:
 
 def _copy_blobs(data: Path, to: Path, display: Progress) -> None:
     """Those that the copied catalogue names, checked against their digests."""
-    source, copy = BlobStore(data), BlobStore(to)
+    source, copy = FolderStore(data), FolderStore(to)
     digests = [digest for (digest,) in _rows(to, NAMED_BLOBS) if not copy.exists(Digest(digest))]
     task = display.add_task("copying", total=len(digests))
 
@@ -112,12 +124,16 @@ def _copy_journal(data: Path, to: Path) -> None:
             target.unlink(missing_ok=True)  # not needed any more, or looked for below
 
 
-def _missing(to: Path) -> Iterator[str]:
-    """What the copied catalogue names and the copy doesn't hold."""
-    blobs = BlobStore(to)
+def _missing_blobs(to: Path) -> Iterator[str]:
+    """Those that the copied catalogue names and the copy doesn't hold."""
+    blobs = FolderStore(to)
     for (digest,) in _rows(to, NAMED_BLOBS):
         if not blobs.exists(Digest(digest)):
             yield digest
+
+
+def _missing_updates(to: Path) -> Iterator[str]:
+    """Those of the copied catalogue that the copied journal doesn't hold."""
     logged = {
         (frame.head["run"], frame.head["seq"])
         for path in (to / "journal").glob(f"*/*{SUFFIX}")

@@ -26,6 +26,7 @@ from openmint.cli.remote import DEFAULT_DATA, DEFAULT_URL, DataOption, UrlOption
 from openmint.config import load_settings
 from openmint.errors import OpenMintError
 from openmint.models.embedded import EMBEDDED_BASE, GGUF_PACKAGE
+from openmint.store.opening import open_store
 
 State = Literal["ok", "warn", "fail"]
 MARKS: dict[State, str] = {
@@ -62,6 +63,7 @@ def doctor(
         check_memory,
         lambda: check_disk(data),
         lambda: check_database(data),
+        lambda: check_store(data),
         lambda: check_base(data),
         lambda: check_writable(data),
         lambda: check_server(url),
@@ -118,6 +120,17 @@ def check_database(data: Path) -> Finding:
     except OpenMintError as error:
         return Finding("database", "fail", error.message)
     return Finding("database", "warn" if doubts else "ok", "; ".join((version, *doubts)))
+
+
+def check_store(data: Path) -> Finding:
+    url = load_settings(flags={"data": data}).store_url
+    if not url:
+        return Finding("store", "ok", f"inside {data}")
+    try:
+        open_store(url, data).start()
+    except OpenMintError as error:
+        return Finding("store", "fail", error.message)
+    return Finding("store", "ok", f"{url} takes, gives and deletes bytes")
 
 
 def check_base(data: Path) -> Finding:

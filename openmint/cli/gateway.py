@@ -40,7 +40,7 @@ from openmint.service.gateway import Gateway, build_gateway
 from openmint.service.orders import CODEC
 from openmint.service.routing import ROUTINGS
 from openmint.service.workers import Workers
-from openmint.store.blobs import BlobStore
+from openmint.store.opening import open_store
 from openmint.types import Tenant
 
 log = structlog.get_logger(__name__)
@@ -89,8 +89,8 @@ class Service:
         self._metrics.watch_workers(
             lambda: [(c.name, c.alive, c.stats) for c in self._workers.all()]
         )
-        store = BlobStore(settings.data)
-        store.sweep_incoming()
+        store = open_store(settings.store_url, settings.data)
+        store.start()
         self._gateway: Gateway = build_gateway(settings, catalog, store, self._workers)
         self._gateway.probes.counter = self._metrics
         self._metrics.watch_futures(self._gateway.futures.num_pending)
@@ -300,6 +300,8 @@ def _say_start(settings: Settings, url: str, key_note: str) -> None:
     console.print(f"  data        {settings.data.resolve()}")
     if settings.database_url:
         console.print(f"  catalogue   {shown(settings.database_url)}")
+    if settings.store_url:
+        console.print(f"  store       {settings.store_url}")
     console.print(f"  API key     {key_note}")
     for base in settings.bases:
         first = base == EMBEDDED_BASE and not (settings.data / "bases" / base).exists()

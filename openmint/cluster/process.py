@@ -85,7 +85,9 @@ async def start_worker(
             env=environment,
         )
     reader, writer = await asyncio.open_connection(sock=ours, limit=2**20)
-    setup = WorkerSetup(base, settings.data, settings.worker, threads, client.replica)
+    setup = WorkerSetup(
+        base, settings.data, settings.store_url, settings.worker, threads, client.replica
+    )
     writer.write(frame(setup))
     try:
         answer = await read_frame(reader)

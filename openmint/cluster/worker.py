@@ -45,7 +45,7 @@ from openmint.scheduler.work import (
     ToGateway,
     ToWorker,
 )
-from openmint.store.blobs import BlobStore
+from openmint.store.opening import open_store
 
 STORE_THREADS = 2
 NICENESS = 5
@@ -158,7 +158,7 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready
     model, base = load_model(name, directory, digest, setup.config)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     engine = Engine(model, base, setup.config)
-    archive = AdapterArchive(BlobStore(setup.data), base)
+    archive = AdapterArchive(open_store(setup.store_url, setup.data), base)
     updates: UpdateLog | NoLog = NoLog()
     if not setup.replica:
         folder = folder_of(setup.data, digest)

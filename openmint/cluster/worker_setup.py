@@ -15,6 +15,8 @@ class WorkerSetup:
     base: str
     """The embedded base's name, or a local Hugging Face folder."""
     data: Path
+    store_url: str
+    """Where the store is, unless in `data`; see `Settings`."""
     config: WorkerConfig
     threads: int
     replica: int = 0

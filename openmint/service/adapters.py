@@ -59,6 +59,7 @@ class Adapters:
         self.limits.check_stored(tenant)
         with self.collector.saving():
             blob = await asyncio.to_thread(self._store_peft, config, weights, base)
+            await self.collector.spare(blob.digest)
             revision = await asyncio.to_thread(
                 self.catalog.import_revision, tenant, policy, base, blob, actor=actor
             )

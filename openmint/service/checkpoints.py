@@ -114,6 +114,7 @@ class Checkpoints:
         with self._collector.saving():
             blob = await self._training.call(run, command)
             assert isinstance(blob, SavedBlob)
+            await self._collector.spare(blob.digest)
             await asyncio.to_thread(
                 self._catalog.add_checkpoint,
                 run.tenant,
@@ -155,6 +156,7 @@ class Checkpoints:
         with self._collector.saving():
             blob = await self._training.call(run, command)
             assert isinstance(blob, SavedBlob)
+            await self._collector.spare(blob.digest)
             await asyncio.to_thread(
                 self._catalog.add_run_revision, run.tenant, run.run_id, blob, ephemeral=True
             )

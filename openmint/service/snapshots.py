@@ -85,6 +85,7 @@ class Snapshots:
             # Its first step sends the command, so nothing comes between.
             blob = await self._training.call(run, SaveRun(run.run_id, run.tenant))
             assert isinstance(blob, SavedBlob)
+            await self._collector.spare(blob.digest)
             before = [pending for at, pending in run.pending.items() if at <= seq]
             await asyncio.gather(*(pending.future.done.wait() for pending in before))
             if run.ended is not None:

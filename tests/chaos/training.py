@@ -13,7 +13,7 @@ from tinker import types
 
 from openmint.catalog.address import TinkerPath
 from openmint.catalog.catalog import Catalog
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.types import Digest, Tenant
 from tests.servers import TestServer
 
@@ -123,4 +123,4 @@ def latest_of(data: Path, policy: str) -> str:
 def state_of(data: Path, path: str) -> dict[str, np.ndarray]:
     """The tensors of a saved training state."""
     (digest,) = digests_of(data, [path])
-    return safetensors.numpy.load(BlobStore(data).get(Digest(digest)))
+    return safetensors.numpy.load(FolderStore(data).get(Digest(digest)))

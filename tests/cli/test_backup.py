@@ -12,9 +12,11 @@ from tinker import types
 
 from openmint.catalog.catalog import Catalog
 from openmint.cli.backup import backup
+from openmint.errors import StoreFailed
 from openmint.store import packs
-from openmint.store.blobs import BlobStore
-from tests.catalog.made import ANN, Blob, add_run
+from openmint.store.blobs import digest_of
+from openmint.store.folder_store import FolderStore
+from tests.catalog.made import ANN, RUN, Blob, add_run
 from tests.chaos.training import Job, digests_of
 from tests.servers import run_cli, start_server, stop_server, wait_until_ready
 
@@ -68,7 +70,7 @@ def test_small_blobs_come_along_wherever_they_lie_now(
     """Those that are named, of packs that grow and packs that were compacted; once."""
     monkeypatch.setattr(packs, "PACK_BYTES", 1000)
     data, copy = tmp_path / "data", tmp_path / "copy"
-    store = BlobStore(data)
+    store = FolderStore(data)
     catalog = Catalog.open(f"sqlite:///{data / 'openmint.db'}")
     run_id = add_run(catalog)
     kept, unnamed = [], store.put_many(b"unnamed %d" % number for number in range(40))
@@ -80,7 +82,7 @@ def test_small_blobs_come_along_wherever_they_lie_now(
         store.compact()
         backup(copy, data)
     catalog.close()
-    copied = BlobStore(copy)
+    copied = FolderStore(copy)
     assert [copied.get(digest) for digest in kept] == [store.get(digest) for digest in kept]
     assert not any(copied.exists(digest) for digest in unnamed)
     before = {path: path.stat().st_size for path in (copy / "packs").iterdir()}
@@ -100,3 +102,24 @@ def test_a_catalogue_on_postgresql_is_not_copied_in_part(tmp_path: Path) -> None
     assert "pg_dump" in done.stderr
     assert "secret" not in done.stderr
     assert not copy.exists()
+
+
+def test_of_a_store_on_s3_the_rest_is_copied_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    data.mkdir()
+    catalog = Catalog.open(f"sqlite:///{data / 'openmint.db'}")
+    digest = digest_of(b"in the bucket")
+    catalog.add_checkpoint(ANN, add_run(catalog), "weights", "one", Blob(digest))
+    catalog.close()
+    with pytest.raises(StoreFailed, match=f"{digest}; try again, with OPENMINT_STORE_URL if"):
+        backup(copy, data)
+    # Nobody is there, and nobody is asked.
+    monkeypatch.setenv("OPENMINT_STORE_URL", "s3://bucket/prefix")
+    backup(copy, data)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "without adapters and states: s3://bucket/prefix was not copied" in said
+    copied = Catalog.open(f"sqlite:///{copy / 'openmint.db'}")
+    assert copied.checkpoint(ANN, RUN, "weights", "one").digest == digest
+    copied.close()

@@ -10,6 +10,7 @@ import pytest
 
 from openmint.cli import doctor
 from tests.postgres import PostgresServer
+from tests.s3 import S3Server
 from tests.servers import free_port, run_cli, run_cli_json
 
 
@@ -18,7 +19,8 @@ def test_every_check_reports(tmp_path: Path) -> None:
     findings: Any = run_cli_json("doctor", "--data", str(tmp_path), "--url", url)
     states = {finding["name"]: finding["state"] for finding in findings}
     assert set(states) == {
-        "python", "torch", "cores", "memory", "disk", "database", "base", "data", "server", "port",
+        "python", "torch", "cores", "memory", "disk", "database", "store", "base", "data", "server",
+        "port",
     }  # fmt: skip
     assert states["data"] == "ok"
     assert states["server"] == "warn"
@@ -42,6 +44,25 @@ def test_a_postgresql_server_is_reached_and_asked(
     found = doctor.check_database(tmp_path)
     assert found.state == "fail"
     assert "does not exist" in found.detail
+
+
+def test_a_store_on_s3_is_written_read_and_deleted_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s3: S3Server
+) -> None:
+    url = s3.new_url()
+    monkeypatch.setenv("OPENMINT_STORE_URL", url)
+    for name, value in s3.environ().items():
+        monkeypatch.setenv(name, value)
+    found = doctor.check_store(tmp_path)
+    assert (found.state, found.detail) == ("ok", f"{url} takes, gives and deletes bytes")
+    assert s3.object_names(url) == []
+    monkeypatch.setenv("OPENMINT_STORE_URL", "s3://nowhere")
+    found = doctor.check_store(tmp_path)
+    assert found.state == "fail"
+    assert "create it, or correct store_url" in found.detail
+    monkeypatch.setenv("OPENMINT_STORE_URL", "ftp://files")
+    assert doctor.check_store(tmp_path).state == "fail"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

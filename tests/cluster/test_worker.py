@@ -28,7 +28,7 @@ from openmint.scheduler.work import (
     TrainResult,
     WorkerStats,
 )
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.types import AdamParams, LoraSpec, RunId, SamplingParams, Tenant
 from tests.workbench import prompt_of, train_work
 
@@ -84,7 +84,7 @@ async def check_use(worker: WorkerProcess, data: Path) -> None:
     assert update.num_optim_steps == 1
     saved = await client.call(ExportRun(RUN, T, keep_resident=True))
     assert isinstance(saved, SavedBlob)
-    assert BlobStore(data).size(saved.digest) == saved.size_bytes
+    assert FolderStore(data).size(saved.digest) == saved.size_bytes
     params = SamplingParams(5, temperature=0.0)
     result = await client.call(SampleWork(T, saved.digest, prompt_of(9), params))
     assert isinstance(result, SampleResult)

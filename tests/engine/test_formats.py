@@ -11,7 +11,7 @@ from openmint.engine.optimizer import AdamState
 from openmint.engine.runs import RunSnapshot
 from openmint.errors import InvalidRequest, OpenMintError
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.store.safetensors_header import encode_safetensors, read_header
 from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule, stacks_of
 
@@ -57,7 +57,7 @@ def test_a_revisions_file_is_its_header_and_the_flat_vector(tmp_path, dtype):
     spec = LoraSpec(rank=3)
     layout = AdapterLayout(spec, base.targets_of(spec))
     flat_P = torch.randn(layout.num_params).to(getattr(torch, dtype))
-    archive = AdapterArchive(blobs := BlobStore(tmp_path), base)
+    archive = AdapterArchive(blobs := FolderStore(tmp_path), base)
     digest, size = archive.save_revision(AdapterWeights(layout, flat_P))
     data = blobs.get(digest)
     assert len(data) == size

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from openmint.catalog.catalog import Catalog
+from openmint.errors import StoreFailed
 from openmint.service.collector import Collector
-from openmint.store.blobs import BlobStore
+from openmint.store.blobs import digest_of
+from openmint.store.folder_store import FolderStore
+from openmint.types import Digest
 from tests.catalog.made import ANN, RUN, Blob, add_run
 
 ORPHAN, NAMED = b"orphan", b"named"
@@ -28,7 +32,7 @@ def delete(catalog: Catalog, name: str) -> None:
 
 
 def test_doomed_bytes_go_and_others_stay(catalog: Catalog, tmp_path: Path) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     orphan, named = store.put(ORPHAN), store.put(NAMED)
     run_id = add_run(catalog)
     catalog.add_checkpoint(ANN, run_id, "weights", "gone", Blob(orphan))
@@ -43,7 +47,7 @@ def test_doomed_bytes_go_and_others_stay(catalog: Catalog, tmp_path: Path) -> No
 def test_nothing_is_collected_between_bytes_and_their_record(
     catalog: Catalog, tmp_path: Path
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     collector = Collector(catalog, store)
     run_id = add_run(catalog)
     catalog.add_checkpoint(ANN, run_id, "weights", "gone", Blob(store.put(ORPHAN)))
@@ -54,3 +58,56 @@ def test_nothing_is_collected_between_bytes_and_their_record(
         catalog.add_checkpoint(ANN, run_id, "weights", "again", Blob(digest))
     asyncio.run(collector.collect())
     assert store.get(digest) == ORPHAN
+
+
+class Slow(FolderStore):
+    """Deletes later, as over a network; meanwhile whoever is told so saves."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.doomed: list[Digest] = []
+        self.began, self.may_delete = threading.Event(), threading.Event()
+
+    def delete(self, digest: Digest) -> None:
+        self.doomed.append(digest)
+
+    def sync_deletions(self) -> None:
+        self.began.set()
+        assert self.may_delete.wait(10)
+        for digest in self.doomed:
+            super().delete(digest)
+        super().sync_deletions()
+
+
+@pytest.mark.parametrize("is_put_last", [False, True])
+def test_a_save_that_meets_a_deletion_under_way_fails_or_has_its_bytes(
+    catalog: Catalog, tmp_path: Path, is_put_last: bool
+) -> None:
+    store = Slow(tmp_path)
+    collector = Collector(catalog, store)
+    run_id = add_run(catalog)
+    other = store.put(NAMED)
+    catalog.add_checkpoint(ANN, run_id, "weights", "gone", Blob(store.put(ORPHAN)))
+    delete(catalog, "gone")
+
+    async def meet() -> None:
+        collecting = asyncio.create_task(collector.collect())
+        await asyncio.to_thread(store.began.wait, 10)
+        with collector.saving():
+            await collector.spare(other)  # waits for nobody
+            digest = store.put(ORPHAN)
+            sparing = asyncio.create_task(collector.spare(digest))
+            await asyncio.sleep(0.05)
+            assert not sparing.done()
+            if is_put_last:
+                store.doomed.clear()
+            store.may_delete.set()
+            await sparing
+        await collecting
+
+    if is_put_last:
+        asyncio.run(meet())
+        assert store.get(digest_of(ORPHAN)) == ORPHAN
+        return
+    with pytest.raises(StoreFailed, match="save again"):
+        asyncio.run(meet())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 from openmint.store.pack_frames import HEADER
 from openmint.types import Digest
 
@@ -33,5 +33,5 @@ def flip(path: Path, offset: int) -> None:
 def damage(root: Path, digest: Digest, at: int = 0) -> None:
     """Change a bit of a small blob, in each copy of it; from the 52nd byte before it on, of its
     frame's header."""
-    for copy in BlobStore(root)._packs.find(raw(digest)):
+    for copy in FolderStore(root)._packs.find(raw(digest)):
         flip(root / "packs" / f"{copy.pack}.pack", copy.offset + HEADER.size + at)

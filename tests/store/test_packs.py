@@ -21,7 +21,8 @@ import pytest
 
 from openmint.errors import NotFound, StoreFailed
 from openmint.store import packs
-from openmint.store.blobs import BlobStore, digest_of
+from openmint.store.blobs import digest_of
+from openmint.store.folder_store import FolderStore
 from openmint.store.pack_frames import BLOB, DEATH, HEADER, SMALL_BYTES, encode_frame
 from openmint.store.packs import Packs
 from tests.store.made import damage, flip, indexes_in, packs_in, raw
@@ -67,7 +68,7 @@ def num_syncs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def test_small_blobs_share_a_pack_and_large_ones_are_files(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     small = [store.put(blob(number, SMALL_BYTES - 4)) for number in range(3)]
     large = store.put(blob(9, SMALL_BYTES))
     assert len(packs_in(tmp_path)) == 1
@@ -80,7 +81,7 @@ def test_small_blobs_share_a_pack_and_large_ones_are_files(tmp_path: Path) -> No
 
 
 def test_many_are_put_with_one_sync(tmp_path: Path, num_syncs: Callable[[], int]) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     store.put(b"makes the pack")
     num_syncs()
     data = [b"", *(blob(number) for number in range(500)), blob(7), blob(3, SMALL_BYTES)]
@@ -91,7 +92,7 @@ def test_many_are_put_with_one_sync(tmp_path: Path, num_syncs: Callable[[], int]
 
 
 def test_what_is_there_is_written_once(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     store.put_many([blob(1), blob(2), blob(1)])
     store.put(blob(1))
     assert sum(path.stat().st_size for path in packs_in(tmp_path)) == 2 * (HEADER.size + 100)
@@ -100,7 +101,7 @@ def test_what_is_there_is_written_once(tmp_path: Path) -> None:
 def test_bytes_that_another_thread_has_not_synced_yet_are_waited_for(
     tmp_path: Path, num_syncs: Callable[[], int]
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     first = store._packs._put(raw(digest_of(blob(1))), blob(1))
     num_syncs()
     assert first is not None
@@ -113,7 +114,7 @@ def test_bytes_that_another_thread_has_not_synced_yet_are_waited_for(
 
 
 def test_bytes_that_another_process_may_take_back_are_not_relied_on(tmp_path: Path) -> None:
-    store, other = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, other = FolderStore(tmp_path), FolderStore(tmp_path)
     digest = store.put(blob(1))
     other.put(blob(1))
     assert {copy.pack for copy in store._packs.find(raw(digest))} == {
@@ -125,11 +126,11 @@ def test_bytes_that_another_process_may_take_back_are_not_relied_on(tmp_path: Pa
 def test_what_a_killed_process_had_not_synced_is_synced_by_who_goes_on(
     tmp_path: Path, num_syncs: Callable[[], int]
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     store._packs._put(raw(digest_of(blob(1))), blob(1))
     del store
     num_syncs()
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     store.put(blob(2))
     assert num_syncs() == 2
     store.put(blob(1))
@@ -138,7 +139,7 @@ def test_what_a_killed_process_had_not_synced_is_synced_by_who_goes_on(
 
 def test_a_sealed_pack_is_not_taken_over(tmp_path: Path, small_packs: None) -> None:
     """By a process that last saw it grow."""
-    store, other = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, other = FolderStore(tmp_path), FolderStore(tmp_path)
     store.put(blob(1))
     (path,) = packs_in(tmp_path)
     assert other._packs._locked(path.stem) is None
@@ -148,7 +149,7 @@ def test_a_sealed_pack_is_not_taken_over(tmp_path: Path, small_packs: None) -> N
 
 
 def test_threads_that_put_at_once_share_syncs(tmp_path: Path, num_syncs: Callable[[], int]) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     with ThreadPoolExecutor(16) as pool:
         digests = list(pool.map(lambda number: store.put(blob(number)), range(160)))
     assert num_syncs() < 80
@@ -156,7 +157,7 @@ def test_threads_that_put_at_once_share_syncs(tmp_path: Path, num_syncs: Callabl
 
 
 def test_small_blobs_in_files_of_an_older_store_stay_where_they_are(tmp_path: Path) -> None:
-    store, digest = BlobStore(tmp_path), digest_of(blob(1))
+    store, digest = FolderStore(tmp_path), digest_of(blob(1))
     path = store._path(digest.removeprefix("sha256:"))
     path.parent.mkdir(parents=True)
     path.write_bytes(blob(1))
@@ -171,10 +172,10 @@ def test_packs_are_sealed_when_full_and_found_by_who_opens_them_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packs, "MAX_FRAMES", 3)
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digests = [store.put(blob(number)) for number in range(8)]
     assert (len(packs_in(tmp_path)), len(indexes_in(tmp_path))) == (3, 2)
-    for reader in (store, BlobStore(tmp_path)):
+    for reader in (store, FolderStore(tmp_path)):
         assert [reader.get(digest) for digest in digests] == [blob(n) for n in range(8)]
 
 
@@ -182,7 +183,7 @@ def test_few_files_are_open_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_packs: None
 ) -> None:
     monkeypatch.setattr(packs, "MAX_OPEN", 4)
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(100))
     before = num_open()
     with ThreadPoolExecutor(8) as pool:
@@ -195,7 +196,7 @@ def test_few_files_are_open_at_once(
 def test_a_pack_is_synced_before_its_index_is_named_and_its_own_name_before_it_is_used(
     tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, events = BlobStore(tmp_path), list[str]()
+    store, events = FolderStore(tmp_path), list[str]()
 
     def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def note(first: Any, *rest: Any) -> Any:
@@ -223,22 +224,22 @@ def test_a_pack_is_synced_before_its_index_is_named_and_its_own_name_before_it_i
 
 
 def test_what_was_deleted_comes_back_only_by_another_put(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digest = store.put(blob(1))
     for _ in range(3):
         store.delete(digest)
         store.delete(digest)
-        for reader in (store, BlobStore(tmp_path)):
+        for reader in (store, FolderStore(tmp_path)):
             assert not reader.exists(digest)
             with pytest.raises(NotFound):
                 reader.get(digest)
         store.put(blob(1))
-        for reader in (store, BlobStore(tmp_path)):
+        for reader in (store, FolderStore(tmp_path)):
             assert reader.get(digest) == blob(1)
 
 
 def test_one_process_deletes_what_others_put_and_they_put_it_again(tmp_path: Path) -> None:
-    one, two = BlobStore(tmp_path), BlobStore(tmp_path)
+    one, two = FolderStore(tmp_path), FolderStore(tmp_path)
     digest = one.put(blob(1))
     two.put(blob(1))  # a copy of its own
     for this, other in ((one, two), (two, one), (one, two)):
@@ -250,7 +251,7 @@ def test_one_process_deletes_what_others_put_and_they_put_it_again(tmp_path: Pat
 
 
 def test_deletions_share_a_sync(tmp_path: Path, num_syncs: Callable[[], int]) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     store.sync_deletions()
     digests = store.put_many(blob(number) for number in range(20))
     num_syncs()
@@ -265,7 +266,7 @@ def test_deletions_share_a_sync(tmp_path: Path, num_syncs: Callable[[], int]) ->
 def test_deletions_last_also_if_a_write_failed_after_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_syncs: Callable[[], int]
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digest = store.put(blob(1))
     num_syncs()
     store.delete(digest)
@@ -275,13 +276,13 @@ def test_deletions_last_also_if_a_write_failed_after_them(
             store.put(blob(2))
     store.sync_deletions()
     assert num_syncs() == 1
-    assert not BlobStore(tmp_path).exists(digest)
+    assert not FolderStore(tmp_path).exists(digest)
 
 
 def test_deletions_that_a_failed_sync_undid_are_said_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, other = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, other = FolderStore(tmp_path), FolderStore(tmp_path)
     digest = store.put(blob(1))
     store.delete(digest)
     assert not other.exists(digest)
@@ -295,13 +296,13 @@ def test_deletions_that_a_failed_sync_undid_are_said_and_can_be_repeated(
         store.sync_deletions()
     store.delete(digest)
     store.sync_deletions()
-    for reader in (store, other, BlobStore(tmp_path)):
+    for reader in (store, other, FolderStore(tmp_path)):
         assert not reader.exists(digest)
 
 
 def test_a_death_inside_a_blob_kills_nobody(tmp_path: Path) -> None:
     """Who uploads bytes may write frames into them, and the header before them may be damaged."""
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     victim = store.put(blob(1))
     (copy,) = store._packs.find(raw(victim))
     forged = encode_frame(DEATH, raw(victim), bytes(8)) * 3
@@ -311,7 +312,7 @@ def test_a_death_inside_a_blob_kills_nobody(tmp_path: Path) -> None:
     last = store.put(blob(2))
     damage(tmp_path, evil, at=-HEADER.size)
     del store
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     assert (store.get(victim), store.get(last)) == (blob(1), blob(2))
     store.put(blob(3))
     assert (store.get(victim), store.get(last)) == (blob(1), blob(2))
@@ -325,7 +326,7 @@ def test_a_death_inside_a_blob_kills_nobody(tmp_path: Path) -> None:
 def test_damaged_bytes_are_refused_and_healed_by_putting_again(
     tmp_path: Path, small_packs: None, is_sealed: bool
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digest = store.put(blob(1))
     if is_sealed:
         store.put_many(blob(number) for number in range(10, 20))
@@ -336,15 +337,15 @@ def test_damaged_bytes_are_refused_and_healed_by_putting_again(
     assert store.put(blob(1)) == digest
     assert store.get(digest) == blob(1)
     del store
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     assert store.get(digest) == blob(1)
     store.delete(digest)
     assert not store.exists(digest)
 
 
-def life(root: Path) -> tuple[BlobStore, list[bytes]]:
+def life(root: Path) -> tuple[FolderStore, list[bytes]]:
     """A store with four small blobs and a deleted one, and what it holds."""
-    store = BlobStore(root)
+    store = FolderStore(root)
     gone = store.put(blob(9, 12))
     store.delete(gone)
     data = [blob(number, 12) for number in range(4)]
@@ -355,7 +356,7 @@ def life(root: Path) -> tuple[BlobStore, list[bytes]]:
 def opened_again(root: Path, data: list[bytes], num_lost: int) -> None:
     """All but the last blobs are found, those are right or not there, and all can be put again,
     after which a third process finds them."""
-    reader = BlobStore(root)
+    reader = FolderStore(root)
     sound = data[: len(data) - num_lost]
     assert [reader.get(digest_of(each)) for each in sound] == sound
     for each in data:
@@ -364,12 +365,12 @@ def opened_again(root: Path, data: list[bytes], num_lost: int) -> None:
         except (NotFound, StoreFailed):
             assert each not in sound
     assert not reader.exists(digest_of(blob(9, 12)))
-    writer = BlobStore(root)
+    writer = FolderStore(root)
     writer.put(b"more")
     assert [writer.get(digest_of(each)) for each in sound] == sound
     writer.put_many(data)
     del writer
-    again = BlobStore(root)
+    again = FolderStore(root)
     for store in (reader, again):
         assert [store.get(digest_of(each)) for each in data] == data
         assert store.get(digest_of(b"more")) == b"more"
@@ -406,7 +407,7 @@ def test_damage_in_the_middle_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
     damage(tmp_path, lost, at=-1)
     del store
     for _ in range(2):  # as another process's, then as its own
-        store = BlobStore(tmp_path)
+        store = FolderStore(tmp_path)
         with caplog.at_level(logging.ERROR), pytest.raises(NotFound, match="64 damaged bytes"):
             store.get(lost)
         assert "64 bytes of pack" in caplog.text
@@ -429,7 +430,7 @@ def test_a_tail_that_reads_as_written_but_is_not_is_cut_off_by_who_goes_on(
     del store
     os.truncate(path, size - FRAME_BYTES - 12)
     os.truncate(path, size)
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     with caplog.at_level(logging.WARNING):
         store.put(b"more")
     assert f"is torn, {2 * FRAME_BYTES} bytes" in caplog.text
@@ -443,7 +444,7 @@ def test_a_tail_that_reads_as_written_but_is_not_is_cut_off_by_who_goes_on(
 def test_a_damaged_index_is_made_again(
     tmp_path: Path, small_packs: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(7))
     del store
     (path,) = indexes_in(tmp_path)
@@ -455,19 +456,19 @@ def test_a_damaged_index_is_made_again(
         if offset is not None:
             flip(path, offset)
         caplog.clear()
-        reader = BlobStore(tmp_path)
+        reader = FolderStore(tmp_path)
         assert [reader.get(digest) for digest in digests] == [blob(n) for n in range(7)]
         assert "it is made again" in caplog.text
         assert path.read_bytes() == whole
 
 
 def test_an_index_without_its_pack_means_nothing(tmp_path: Path, small_packs: None) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(7))
     (index,) = indexes_in(tmp_path)
     index.with_suffix(".pack").unlink()
     assert not store.exists(digests[0])
-    assert BlobStore(tmp_path).get(digests[-1]) == blob(6)
+    assert FolderStore(tmp_path).get(digests[-1]) == blob(6)
     store.compact()
     assert indexes_in(tmp_path) == []
 
@@ -496,7 +497,7 @@ class Refusing:
 def test_a_disk_that_refuses_leaves_nothing_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_packs: None, name: str
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     kept = store.put(blob(1))
     refusing = Refusing(monkeypatch, name)
     if name == "ftruncate":
@@ -512,7 +513,7 @@ def test_a_disk_that_refuses_leaves_nothing_half(
     assert store.get(kept) == blob(1)
     digests = store.put_many(blob(number) for number in range(10, 30))
     del store
-    for reader in (BlobStore(tmp_path), BlobStore(tmp_path)):
+    for reader in (FolderStore(tmp_path), FolderStore(tmp_path)):
         assert reader.get(kept) == blob(1)
         assert [reader.get(digest) for digest in digests] == [blob(n) for n in range(10, 30)]
         assert reader._packs.num_damaged_bytes() == 0
@@ -522,7 +523,7 @@ def test_a_disk_that_refuses_leaves_nothing_half(
 def test_a_deletion_that_finds_no_room_is_a_store_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digest = store.put(blob(1))
     refusing = Refusing(monkeypatch, "write")
     with pytest.raises(StoreFailed, match=f"could not delete {digest}.*No space left"):
@@ -536,7 +537,7 @@ def test_a_deletion_that_finds_no_room_is_a_store_failure(
 def test_all_who_wait_hear_of_a_sync_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     kept = store.put(blob(0))
     all_wrote = threading.Barrier(4)
     failed: list[str] = []
@@ -570,7 +571,7 @@ def test_a_reader_notices_that_a_write_was_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another blob of the same size stands where a process has seen the first one."""
-    store, reader = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, reader = FolderStore(tmp_path), FolderStore(tmp_path)
     kept = store.put(blob(0))
     fdatasync = os.fdatasync
 
@@ -597,7 +598,7 @@ def sizes(root: Path) -> int:
 
 
 def test_compaction_gives_room_back(tmp_path: Path, small_packs: None) -> None:
-    store, other = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, other = FolderStore(tmp_path), FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(60))
     other.put(blob(100))
     kept = [number for number in range(60) if number % 6 == 0]
@@ -608,7 +609,7 @@ def test_compaction_gives_room_back(tmp_path: Path, small_packs: None) -> None:
     store.compact()
     assert sizes(tmp_path) < before / 2
     store.compact()
-    for reader in (store, other, BlobStore(tmp_path)):
+    for reader in (store, other, FolderStore(tmp_path)):
         for number, digest in enumerate(digests):
             assert reader.exists(digest) == (number in kept)
         assert [reader.get(digests[number]) for number in kept] == [blob(n) for n in kept]
@@ -616,7 +617,7 @@ def test_compaction_gives_room_back(tmp_path: Path, small_packs: None) -> None:
 
 
 def test_what_is_half_live_stays(tmp_path: Path, small_packs: None) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(12))
     before = packs_in(tmp_path)
     store.delete(digests[0])
@@ -626,7 +627,7 @@ def test_what_is_half_live_stays(tmp_path: Path, small_packs: None) -> None:
 
 def test_deaths_go_once_nothing_is_left_to_kill(tmp_path: Path, small_packs: None) -> None:
     """Else a store in which much comes and goes would only grow."""
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     for round_ in range(30):
         for digest in store.put_many(blob(100 * round_ + number) for number in range(10)):
             store.delete(digest)
@@ -636,7 +637,7 @@ def test_deaths_go_once_nothing_is_left_to_kill(tmp_path: Path, small_packs: Non
 
 
 def test_who_has_the_old_pack_open_still_reads_it(tmp_path: Path, small_packs: None) -> None:
-    store, reader = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, reader = FolderStore(tmp_path), FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(7))
     assert reader.get(digests[0]) == blob(0)
     (copy,) = reader._packs.find(raw(digests[0]))
@@ -649,7 +650,7 @@ def test_who_has_the_old_pack_open_still_reads_it(tmp_path: Path, small_packs: N
 
 
 def move_what_is_found(
-    monkeypatch: pytest.MonkeyPatch, seeker: BlobStore, mover: BlobStore
+    monkeypatch: pytest.MonkeyPatch, seeker: FolderStore, mover: FolderStore
 ) -> None:
     """Whatever `seeker` finds, `mover` compacts before it is read."""
     find = seeker._packs.find
@@ -665,7 +666,7 @@ def move_what_is_found(
 def test_what_moves_while_it_is_read_is_looked_for_again(
     tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, reader = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, reader = FolderStore(tmp_path), FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(7))
     for digest in digests[1:]:
         store.delete(digest)
@@ -677,7 +678,7 @@ def test_bytes_that_move_while_they_are_put_again_stay(
     tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who doesn't find them where they were must not take them for damaged."""
-    store, writer = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, writer = FolderStore(tmp_path), FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(7))
     for digest in digests[1:]:
         store.delete(digest)
@@ -690,7 +691,7 @@ def test_bytes_that_move_while_they_are_put_again_stay(
 def test_what_is_deleted_while_it_moves_stays_deleted(
     tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch, is_put_again: bool
 ) -> None:
-    store, other = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, other = FolderStore(tmp_path), FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(7))
     for digest in digests[1:]:
         store.delete(digest)
@@ -709,14 +710,14 @@ def test_what_is_deleted_while_it_moves_stays_deleted(
     for _ in range(3):
         store.put_many(os.urandom(100) for _ in range(20))
         store.compact()
-        for reader in (store, other, BlobStore(tmp_path)):
+        for reader in (store, other, FolderStore(tmp_path)):
             assert reader.exists(digests[0]) == is_put_again
 
 
 def test_a_damaged_pack_is_not_compacted(
     tmp_path: Path, small_packs: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(7))
     for digest in digests[1:5]:
         store.delete(digest)
@@ -736,7 +737,7 @@ def test_a_damaged_pack_is_not_compacted(
 def test_compactions_that_are_killed_do_not_pile_up_copies(
     tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = BlobStore(tmp_path)
+    store = FolderStore(tmp_path)
     digests = store.put_many(blob(number) for number in range(7))
     for digest in digests[1:6]:
         store.delete(digest)
@@ -753,7 +754,7 @@ def test_compactions_that_are_killed_do_not_pile_up_copies(
 def test_one_compaction_runs_at_a_time(
     tmp_path: Path, small_packs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, other = BlobStore(tmp_path), BlobStore(tmp_path)
+    store, other = FolderStore(tmp_path), FolderStore(tmp_path)
     for digest in store.put_many(blob(number) for number in range(7)):
         store.delete(digest)
     before = packs_in(tmp_path)
@@ -811,7 +812,7 @@ class Crashing:
             os.truncate(path, self.synced.get(path.stat().st_ino, 0))
 
 
-def work(store: BlobStore, model: dict[int, bool]) -> Iterator[None]:
+def work(store: FolderStore, model: dict[int, bool]) -> Iterator[None]:
     """A life of puts, deletions and compactions. The model says what was acknowledged: there, or
     deleted for good; what is under way is not in it."""
     for start in (0, 14):
@@ -844,7 +845,7 @@ def test_a_crash_at_any_write_loses_nothing_and_shows_nothing_half(
     while not is_over:
         dies_at += 1
         root = tmp_path / str(dies_at)
-        store, model = BlobStore(root), dict[int, bool]()
+        store, model = FolderStore(root), dict[int, bool]()
         with pytest.MonkeyPatch.context() as monkeypatch:
             crashing = Crashing(monkeypatch, dies_at)
             try:
@@ -864,8 +865,8 @@ def test_a_crash_at_any_write_loses_nothing_and_shows_nothing_half(
 
 def check(root: Path, model: dict[int, bool]) -> None:
     for _ in range(2):
-        store = BlobStore(root)
-        store.sweep_incoming()
+        store = FolderStore(root)
+        store.start()
         for number, is_there in model.items():
             digest = digest_of(blob(number))
             assert store.exists(digest) == is_there
@@ -884,7 +885,7 @@ def check(root: Path, model: dict[int, bool]) -> None:
 def write_beside(root: Path, seed: int) -> None:
     """Puts what others put too and what is its own, deletes some, reads what others wrote."""
     packs.PACK_BYTES = 20 * SMALL_PACK
-    store, order = BlobStore(root), random.Random(seed)
+    store, order = FolderStore(root), random.Random(seed)
     for number in range(300):
         own = store.put(blob(1000 * seed + number))
         shared = order.randrange(50)
@@ -903,13 +904,13 @@ def write_beside(root: Path, seed: int) -> None:
 def test_processes_write_and_compact_at_once(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     writers = [spawn.Process(target=write_beside, args=(tmp_path, seed)) for seed in (1, 2, 3)]
-    watching = BlobStore(tmp_path)
+    watching = FolderStore(tmp_path)
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(120)
         assert writer.exitcode == 0
-    for store in (watching, BlobStore(tmp_path)):
+    for store in (watching, FolderStore(tmp_path)):
         for seed in (1, 2, 3):
             for number in range(300):
                 data = blob(1000 * seed + number)

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from openmint.errors import NotFound
 from openmint.store import packs
-from openmint.store.blobs import BlobStore, digest_of
+from openmint.store.blobs import digest_of
+from openmint.store.folder_store import FolderStore
 from openmint.store.pack_frames import BLOB, encode_frame
 from tests.store.made import raw
 
@@ -33,7 +34,7 @@ class TwoWriters(RuleBasedStateMachine):
             self.patch.setattr(os, name, lambda file: None)
         self.folder = tempfile.TemporaryDirectory()
         self.root = Path(self.folder.name)
-        self.stores = [BlobStore(self.root), BlobStore(self.root)]
+        self.stores = [FolderStore(self.root), FolderStore(self.root)]
         self.model: set[bytes] = set()
 
     def teardown(self) -> None:
@@ -63,13 +64,13 @@ class TwoWriters(RuleBasedStateMachine):
 
     @rule(writer=writers)
     def open_again(self, writer: int) -> None:
-        self.stores[writer] = BlobStore(self.root)
+        self.stores[writer] = FolderStore(self.root)
 
     @rule(writer=writers, word=words, share=st.floats(0, 1))
     def be_killed(self, writer: int, word: bytes, share: float) -> None:
         """In the middle of a put."""
         own = self.stores[writer]._packs._own
-        self.stores[writer] = BlobStore(self.root)
+        self.stores[writer] = FolderStore(self.root)
         if own is not None:
             frame = encode_frame(BLOB, raw(digest_of(word)), bytes(8), word)
             with (self.root / "packs" / f"{own.name}.pack").open("ab") as file:
