@@ -106,7 +106,7 @@ def _copy_blobs(data: Path, to: Path, display: Progress) -> None:
     def found() -> Iterator[bytes]:
         for digest in digests:
             with suppress(NotFound):  # gone since; the next try has a later catalogue
-                yield source.get(Digest(digest))
+                yield bytes(source.get(Digest(digest)))
             display.advance(task)
 
     copy.put_many(found())

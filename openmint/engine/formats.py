@@ -13,8 +13,6 @@ from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
 from openmint.engine.optimizer import AdamState, is_finite
@@ -24,7 +22,7 @@ from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.models.loader import DTYPES
 from openmint.store.adapter_file import check_adapter, encode_adapter, expected_tensors
 from openmint.store.blobs import BlobStore
-from openmint.store.safetensors_header import encode_safetensors, read_header
+from openmint.store.safetensors_header import FileBytes, Header, encode_safetensors, read_header
 from openmint.types import BaseInfo, Digest, LoraSpec
 
 TRAINING_FORMAT = "openmint-training/2"
@@ -47,17 +45,20 @@ def encode_revision(weights: AdapterWeights, base: BaseInfo) -> bytes:
 
 
 def decode_revision(
-    data: bytes, base: BaseInfo, revision: Digest, layout_of: Callable[[LoraSpec], AdapterLayout]
+    data: memoryview,
+    base: BaseInfo,
+    revision: Digest,
+    layout_of: Callable[[LoraSpec], AdapterLayout],
 ) -> AdapterWeights:
-    """Weights in host memory, in the base's dtype, from an adapter file.
+    """Weights in host memory, in the base's dtype, from an adapter file, whose memory they keep.
 
     Raises InvalidRequest with the list of what doesn't match.
     """
     header = check_adapter(data, base)
     layout = layout_of(header.spec)
-    flat_P = torch.empty(layout.num_params, dtype=DTYPES[base.dtype])
     start = min(entry.start for entry in header.tensors.values())
-    flat_P.view(torch.uint8).numpy()[:] = np.frombuffer(data, np.uint8, offset=start)
+    flat_P = torch.frombuffer(data, dtype=DTYPES[base.dtype], offset=start)
+    assert len(flat_P) == layout.num_params
     return AdapterWeights(layout, flat_P, revision)
 
 
@@ -85,7 +86,7 @@ def encode_training(snapshot: RunSnapshot, base: BaseInfo) -> bytes:
     return encode_safetensors(tensors, metadata)
 
 
-def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
+def decode_training(data: FileBytes, base: BaseInfo) -> RunSnapshot:
     """The inverse of `encode_training`. Raises InvalidRequest with the list of what doesn't match:
     base, tensor names, shapes, dtypes, values that aren't finite."""
     header = read_header(data)
@@ -107,7 +108,7 @@ def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
         if (entry.dtype, entry.shape) != ("F32", (num_params,))
     ]
     problems += [f"{name} is unknown" for name in header.tensors if name not in (*VECTORS, "grads")]
-    tensors = {} if problems else safetensors.torch.load(data)
+    tensors = {} if problems else _vectors(data, header)
     problems += [f"{name} holds NaN or inf" for name, t in tensors.items() if not is_finite(t)]
     if problems:
         raise InvalidRequest(f"a state of {spec} doesn't fit: {'; '.join(problems[:10])}")
@@ -115,6 +116,14 @@ def decode_training(data: bytes, base: BaseInfo) -> RunSnapshot:
     params_P, avg_P, avg_sq_P = (moved[name] for name in VECTORS)
     state = AdamState(params_P, avg_P, avg_sq_P, num_steps)
     return RunSnapshot(spec, state, moved.get("grads"))
+
+
+def _vectors(data: FileBytes, header: Header) -> dict[str, torch.Tensor]:
+    """Copies, as each of them is to be replaced by itself."""
+    return {
+        name: torch.from_numpy(np.frombuffer(data, "<f4", entry.shape[0], entry.start).copy())
+        for name, entry in header.tensors.items()
+    }
 
 
 class AdapterArchive:

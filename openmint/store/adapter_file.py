@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from openmint.errors import InvalidRequest
 from openmint.store.safetensors_header import (
+    FileBytes,
     Header,
     TensorBytes,
     TensorEntry,
@@ -61,7 +62,7 @@ def encode_adapter(
     return encode_safetensors(tensors, metadata)
 
 
-def check_adapter(data: bytes, base: BaseInfo) -> AdapterHeader:
+def check_adapter(data: FileBytes, base: BaseInfo) -> AdapterHeader:
     """Admit an adapter file to a base: digest, names, shapes, dtypes, rank and finiteness.
 
     Raises InvalidRequest with the list of what does not match, UnsupportedFormat for pickles.
@@ -132,7 +133,7 @@ def differences(
     return problems
 
 
-def _not_finite(data: bytes, header: Header) -> list[str]:
+def _not_finite(data: FileBytes, header: Header) -> list[str]:
     """Names of tensors whose exponent bits are all set somewhere (NaN or infinity).
 
     Among unsigned integers those are the largest negative numbers, among signed ones the largest

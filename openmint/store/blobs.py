@@ -38,8 +38,9 @@ class BlobStore(Protocol):
         Raises StoreFailed when the store refuses; some may be stored then. Safe to repeat.
         """
 
-    def get(self, digest: Digest) -> bytes:
-        """The bytes, checked against their digest.
+    def get(self, digest: Digest) -> memoryview:
+        """The bytes, checked against their digest, in memory that is the caller's alone and may be
+        written.
 
         Raises NotFound when the store has none of that name, StoreFailed when they were damaged
         or can't be reached.
@@ -67,7 +68,7 @@ class BlobStore(Protocol):
         nothing is lost. Safe to repeat."""
 
 
-def digest_of(data: bytes) -> Digest:
+def digest_of(data: bytes | memoryview) -> Digest:
     return Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
 
 
@@ -78,8 +79,7 @@ def name_of(digest: Digest) -> str:
     return digest.removeprefix("sha256:")
 
 
-def checked(data: bytes, digest: Digest) -> bytes:
-    """The data. Raises StoreFailed when it is not what the digest names."""
-    if (found := digest_of(data)) != digest:
+def check(found: Digest, digest: Digest) -> None:
+    """Raises StoreFailed when what was read under a digest has another one."""
+    if found != digest:
         raise StoreFailed(f"the store's bytes for {digest} are damaged: they hash to {found}")
-    return data

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from openmint.errors import NotFound, StoreFailed
-from openmint.store.blobs import checked, digest_of, name_of
-from openmint.store.folders import sync_folder, write_whole
+from openmint.store.blobs import check, digest_of, name_of
+from openmint.store.folders import read_hashed, sync_folder, write_whole
 from openmint.store.pack_frames import SMALL_BYTES
 from openmint.store.packs import Packs
 from openmint.types import Digest
@@ -47,17 +47,18 @@ class FolderStore:
             raise StoreFailed(f"could not write {at} to the store: {error}") from error
         return digests
 
-    def get(self, digest: Digest) -> bytes:
+    def get(self, digest: Digest) -> memoryview:
         name = name_of(digest)
         with _saying(f"could not read {digest} from the store"):
-            data = self._packs.get(bytes.fromhex(name))
-            if data is not None:
-                return data
+            small = self._packs.get(bytes.fromhex(name))
+            if small is not None:
+                return memoryview(bytearray(small))
             try:
-                data = self._path(name).read_bytes()
+                data, sha256 = read_hashed(self._path(name))
             except FileNotFoundError:
                 raise self._not_found(digest) from None
-        return checked(data, digest)
+        check(Digest(f"sha256:{sha256}"), digest)
+        return data
 
     def exists(self, digest: Digest) -> bool:
         name = name_of(digest)

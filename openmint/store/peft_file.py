@@ -35,6 +35,7 @@ from openmint.store.fused_experts import (
     has_experts,
 )
 from openmint.store.safetensors_header import (
+    FileBytes,
     Header,
     TensorBytes,
     encode_safetensors,
@@ -151,7 +152,7 @@ def _read_fused(
     return pairs
 
 
-def to_peft(data: bytes, base: BaseInfo, experts: Experts = "each") -> dict[str, bytes]:
+def to_peft(data: FileBytes, base: BaseInfo, experts: Experts = "each") -> dict[str, bytes]:
     """Files of a PEFT folder, from an adapter file; its values bit by bit."""
     header = check_adapter(data, base)
     stacks = base.stacks_of(header.spec)
@@ -189,7 +190,9 @@ def to_peft(data: bytes, base: BaseInfo, experts: Experts = "each") -> dict[str,
     }
 
 
-def _stacked(data: bytes, header: AdapterHeader, stack: TargetStack) -> tuple[str, Values, Values]:
+def _stacked(
+    data: FileBytes, header: AdapterHeader, stack: TargetStack
+) -> tuple[str, Values, Values]:
     """The dtype of a stack's values, their bits of A `[targets, r, in]`, and of B."""
 
     def bits_of(name: str, width: int) -> Values:
@@ -204,7 +207,7 @@ def _stacked(data: bytes, header: AdapterHeader, stack: TargetStack) -> tuple[st
 
 
 def _fused_tensors(
-    data: bytes, header: AdapterHeader, stacks: Sequence[TargetStack]
+    data: FileBytes, header: AdapterHeader, stacks: Sequence[TargetStack]
 ) -> dict[str, TensorBytes]:
     dtype, pairs = "", dict[str, Pair]()
     for stack in filter(has_experts, stacks):

@@ -23,7 +23,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import S3Store as Bucket
 
 from openmint.errors import InvalidRequest, NotFound, StoreFailed
-from openmint.store.blobs import checked, digest_of, name_of
+from openmint.store.blobs import check, digest_of, name_of
 from openmint.types import Digest
 
 SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
@@ -102,11 +102,12 @@ class S3Store:
             digests.extend(each.result() for each in sent)
         return digests
 
-    def get(self, digest: Digest) -> bytes:
+    def get(self, digest: Digest) -> memoryview:
         key = _key(digest)
         with self._asking(digest, "read"):
-            data = bytes(obstore.get(self._bucket, key).bytes())
-        return checked(data, digest)
+            data = memoryview(bytearray(obstore.get(self._bucket, key).bytes()))
+        check(digest_of(data), digest)
+        return data
 
     def exists(self, digest: Digest) -> bool:
         _key(digest)  # what is no digest is refused

@@ -29,6 +29,7 @@ FOREIGN = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b
 but then the rest of the length is zero."""
 
 
+FileBytes = bytes | memoryview
 TensorBytes = tuple[str, tuple[int, ...], bytes | memoryview]
 """dtype, shape and raw bytes of one tensor."""
 
@@ -67,7 +68,7 @@ def encode_safetensors(tensors: Mapping[str, TensorBytes], metadata: Mapping[str
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def read_header(data: bytes, num_expected: int = 0) -> Header:
+def read_header(data: FileBytes, num_expected: int = 0) -> Header:
     """Metadata and tensor entries. `num_expected` tensors may be in it however many that is.
 
     Raises UnsupportedFormat for pickles and archives, InvalidRequest for anything else that is not
@@ -77,7 +78,7 @@ def read_header(data: bytes, num_expected: int = 0) -> Header:
     most_tensors = max(MAX_TENSORS, num_expected)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > most_bytes or 8 + length > len(data):
-        if data.startswith(FOREIGN):
+        if bytes(data[:8]).startswith(FOREIGN):
             raise UnsupportedFormat(
                 "these bytes are a pickle or an archive; only safetensors is read here. Save the "
                 "adapter with save_pretrained(..., safe_serialization=True)"
@@ -85,7 +86,7 @@ def read_header(data: bytes, num_expected: int = 0) -> Header:
         raise InvalidRequest(
             f"not safetensors: header of {length} bytes (limit {most_bytes}) in {len(data)}"
         )
-    raw = _parse(data[8 : 8 + length])
+    raw = _parse(bytes(data[8 : 8 + length]))
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InvalidRequest("safetensors __metadata__ must map names to strings")

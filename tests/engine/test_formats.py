@@ -61,7 +61,7 @@ def test_a_revisions_file_is_its_header_and_the_flat_vector(tmp_path, dtype):
     digest, size = archive.save_revision(AdapterWeights(layout, flat_P))
     data = blobs.get(digest)
     assert len(data) == size
-    assert data.endswith(flat_P.view(torch.uint8).numpy().tobytes())
+    assert bytes(data).endswith(flat_P.view(torch.uint8).numpy().tobytes())
     entries = read_header(data).tensors
     assert list(entries) == sorted(entries)
     assert entries["mlp.up_proj.lora_B"].shape == (11, 3, 10)
