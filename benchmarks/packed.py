@@ -38,9 +38,10 @@ MEASURED = (
     f"A rank-1 adapter of Qwen3-30B-A3B's shape ({NUM_LAYERS} layers of {NUM_EXPERTS} experts), "
     "bf16, random values. Ours, as a worker loads it: *read* the file and hash it against its "
     "digest, *build* the vector (header checked against the base, all values finite; a view of "
-    "what was read), *register* it in a slot (one copy). One by one: *read* the file, *build* a tensor for "
-    "each A and B by the safetensors library, *register* each in its place in the slot's buffers, "
-    "B transposed; nothing is checked. Both slots hold the same bytes afterwards, which is checked."
+    "what was read), *register* it in a slot (one copy). One by one: *read* the file, *build* a "
+    "tensor for each A and B by the safetensors library, *register* each in its place in the "
+    "slot's buffers, B transposed; nothing is checked. Both slots hold the same bytes afterwards, "
+    "which is checked."
 )
 
 

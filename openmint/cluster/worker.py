@@ -48,6 +48,7 @@ from openmint.scheduler.work import (
 from openmint.store.opening import open_store
 
 STORE_THREADS = 2
+"""At least; as many as loads may run at once."""
 NICENESS = 5
 """The engine's threads fill all cores for long at a time, so they let the gateway go first: beside
 63 others a request then waited 7 ms for gateway, link and scheduler, not 9 (two cores). Niceness is
@@ -77,9 +78,9 @@ class Link:
 class Inbox:
     """What the main loop has to look at: messages of the gateway and ends of background jobs."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int) -> None:
         self._queue: queue.SimpleQueue[ToWorker | Callable[[], None] | None] = queue.SimpleQueue()
-        self._pool = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="store")
 
     def read_from(self, link: Link) -> None:
         def pump() -> None:
@@ -128,7 +129,7 @@ def main(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = Link(connection)
     setup: WorkerSetup = link.receive()
-    inbox = Inbox()
+    inbox = Inbox(max(STORE_THREADS, setup.config.parallel_loads))
     inbox.read_from(link)
     os.nice(NICENESS)
     configure_logs()
