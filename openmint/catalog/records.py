@@ -134,6 +134,17 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportOutcome:
+    """What became of one adapter of an archive: a revision, or the error that refused it."""
+
+    path: str
+    policy: str
+    digest: Digest | None = None
+    number: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A run's named save. `run_id`, `segment` and `name` make its `tinker://` path."""
 

@@ -16,6 +16,7 @@ from openmint.catalog.records import (
     ApiKey,
     AuditEvent,
     Evaluation,
+    ImportOutcome,
     Policy,
     Quota,
     Revision,
@@ -127,6 +128,10 @@ def encode_revision(revision: Revision) -> Json:
         "drift": revision.drift,
         "base_difference": revision.base_difference,
     }
+
+
+def encode_import(tenant: str, outcome: ImportOutcome) -> Json:
+    return {**asdict(outcome), "policy": f"{tenant}/{outcome.policy}"}
 
 
 Most = Annotated[int, Field(ge=1, lt=1 << 62)]

@@ -317,6 +317,7 @@ ROWS: dict[str, Row] = {
     f"POST {CATALOG}/revisions": Row(
         TRAIN, lambda w: {"base": w.base, "config": {}, "weights": "AAAA"}
     ),
+    "POST /catalog/v1/imports": Row(TRAIN, lambda w: {}, params=lambda w: {"tenant": OWNER}),
     f"GET {CATALOG}/revisions/{{reference}}": Row(ANY),
     f"DELETE {CATALOG}/revisions/{{reference}}": Row(TRAIN),
     f"GET {CATALOG}/revisions/{{reference}}/lineage": Row(ANY),

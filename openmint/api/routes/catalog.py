@@ -170,6 +170,26 @@ async def import_revision(
     return wire.encode_revision(revision)
 
 
+@router.post("/imports", status_code=201)
+async def import_archive(
+    request: Request,
+    caller: Caller,
+    gateway: App,
+    tenant: str | None = None,
+    base: Annotated[str | None, Query(max_length=512)] = None,
+) -> wire.Json:
+    """Import a tar of PEFT folders `POLICY/` or `POLICY/NAME/`, at most 1000: what fits becomes
+    revisions, in one transaction; each refusal is in the answer."""
+    caller.require("train")
+    owner = owned(caller, tenant or caller.tenant)
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-tar":
+        raise UnsupportedFormat("send a plain tar as application/x-tar")
+    outcomes = await gateway.adapters.import_archive(
+        owner, base, await request.body(), actor=caller.key_id
+    )
+    return {"items": [wire.encode_import(owner, outcome) for outcome in outcomes]}
+
+
 # -- aliases --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,130 @@
+"""The catalogue of many adapters over HTTP and the command line: imports of all at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.servers import TestServer, run_cli, run_cli_json, running_server
+
+pytestmark = pytest.mark.integration
+
+WIDTH, KEYS, LAYERS = 64, 32, 2
+ATTENTION = {"q_proj": WIDTH, "k_proj": KEYS, "v_proj": KEYS, "o_proj": WIDTH}
+TENANT = "many"
+
+
+def write_adapter(folder: Path, seed: int, rank: int = 1) -> Path:
+    """A PEFT folder of the tiny base's attention."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        for module, num_out in ATTENTION.items():
+            stem = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            a, b = random.standard_normal((rank, WIDTH)), random.standard_normal((num_out, rank))
+            tensors[f"{stem}.lora_A.weight"] = a.astype(np.float32)
+            tensors[f"{stem}.lora_B.weight"] = b.astype(np.float32)
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "target_modules": list(ATTENTION)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable[[str], Path]
+) -> Iterator[TestServer]:
+    root = tmp_path_factory.mktemp("catalogue")
+    with running_server(root, bases=(str(tiny_base("llama")),)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def env(tiny: TestServer) -> dict[str, str]:
+    return {"OPENMINT_URL": tiny.url, "OPENMINT_API_KEY": tiny.make_key(TENANT, "train")}
+
+
+@pytest.fixture(scope="module")
+def http(env: dict[str, str]) -> Iterator[httpx.Client]:
+    headers = {"X-API-Key": env["OPENMINT_API_KEY"]}
+    with httpx.Client(base_url=env["OPENMINT_URL"], headers=headers, timeout=60.0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five adapters of three policies, and one that fits no base."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("north/1", "north/2", "north/3", "east", "west")):
+        write_adapter(root / name, seed)
+    unfit = write_adapter(root / "unfit", 9)
+    (unfit / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
+    return root
+
+
+@pytest.fixture(scope="module")
+def imported(env: dict[str, str], folder: Path) -> dict[str, Any]:
+    """By path in the folder, what became of each adapter."""
+    done = run_cli("import-all", str(folder), "--base", "tiny-llama", "--json", environ=env, code=1)
+    return {item["path"]: item for item in json.loads(done.stdout)}
+
+
+def test_what_fits_is_a_revision_and_what_does_not_is_named(
+    env: dict[str, str], imported: dict[str, Any]
+) -> None:
+    assert sorted(imported) == ["east", "north/1", "north/2", "north/3", "unfit", "west"]
+    assert "shape" in imported["unfit"]["error"] and imported["unfit"]["digest"] is None
+    assert [imported[f"north/{n}"]["number"] for n in (1, 2, 3)] == [1, 2, 3]
+    listed: Any = run_cli_json("revisions", "ls", f"{TENANT}/north", environ=env)
+    assert [item["digest"] for item in listed] == [
+        imported[f"north/{n}"]["digest"] for n in (3, 2, 1)
+    ]
+    policies: Any = run_cli_json("policies", "ls", environ=env)
+    assert [item["name"] for item in policies] == ["east", "north", "west"]
+
+
+def test_what_was_imported_at_once_answers(http: httpx.Client, imported: dict[str, Any]) -> None:
+    body = {"model": f"{TENANT}/north", "prompt": "Hi", "max_tokens": 2}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["openmint"]["revision"] == imported["north/3"]["digest"]
+
+
+def test_a_tar_again_gives_the_same_revisions(
+    env: dict[str, str], folder: Path, imported: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "adapters.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, ".", filter=lambda each: None if "unfit" in each.name else each)
+    again: Any = run_cli_json("import-all", str(path), "--base", "tiny-llama", environ=env)
+    assert {item["path"]: item for item in again} == {
+        path: item for path, item in imported.items() if path != "unfit"
+    }
+
+
+def test_an_import_needs_the_role_the_tenant_and_a_tar(
+    tiny: TestServer, http: httpx.Client, env: dict[str, str], tmp_path: Path
+) -> None:
+    tar = {"content-type": "application/x-tar"}
+    assert http.post("/catalog/v1/imports", content=b"", headers=tar).status_code == 400
+    assert http.post("/catalog/v1/imports", json={}).status_code == 415
+    stranger = {**tar, "X-API-Key": tiny.make_key("stranger", "train")}
+    params = {"tenant": TENANT}
+    answer = http.post("/catalog/v1/imports", content=b"", headers=stranger, params=params)
+    assert answer.status_code == 404
+    reader = {**tar, "X-API-Key": tiny.make_key(TENANT, "read")}
+    assert http.post("/catalog/v1/imports", content=b"", headers=reader).status_code == 403
+    empty: subprocess.CompletedProcess[str] = run_cli(
+        "import-all", str(tmp_path), environ=env, code=2
+    )
+    assert "adapter_config.json" in empty.stderr
