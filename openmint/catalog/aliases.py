@@ -6,7 +6,7 @@ below, so that rolling back twice does not return to what was rolled back first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Connection, select, update
 
@@ -37,6 +37,7 @@ from openmint.catalog.rows import (
     SavedBytes,
     many,
     one,
+    to_record,
 )
 from openmint.errors import Conflict, NotFound
 from openmint.types import BaseInfo, Digest, Tenant
@@ -278,21 +279,29 @@ class AliasRecords:
             if address.digest_prefix is not None:
                 owner = find_policy(connection, tenant, address.policy)
                 return Resolved(find_by_prefix(connection, owner, address.digest_prefix), None)
-            for name in (address.alias,) if address.alias else (SERVED, LATEST):
-                if revision := _aliased(connection, tenant, address.policy, name):
-                    return Resolved(revision, name)
+            names = (address.alias,) if address.alias else (SERVED, LATEST)
+            if resolved := _aliased(connection, tenant, address.policy, names):
+                return resolved
             find_policy(connection, tenant, address.policy)
         raise NotFound(f"policy {address.policy!r} has no alias {address.alias or LATEST!r}")
 
 
-def _aliased(connection: Connection, tenant: Tenant, policy: str, name: str) -> Revision | None:
-    same = (t.alias.c.policy_id == t.revision.c.policy_id) & (
-        t.alias.c.digest == t.revision.c.digest
+def _aliased(
+    connection: Connection, tenant: Tenant, policy: str, names: Sequence[str]
+) -> Resolved | None:
+    """What the first of the aliases that is there names."""
+    query = _ALIASED.where(
+        t.policy.c.tenant == tenant, t.policy.c.name == policy, t.alias.c.name.in_(names)
     )
-    query = REVISIONS.join(t.alias, same).where(
-        t.policy.c.tenant == tenant, t.policy.c.name == policy, t.alias.c.name == name
-    )
-    return one(connection, Revision, query)
+    found = {row["alias"]: row for row in connection.execute(query).mappings()}
+    name = next((name for name in names if name in found), None)
+    return None if name is None else Resolved(to_record(Revision, found[name]), name)
+
+
+_ALIASED = REVISIONS.add_columns(t.alias.c.name.label("alias")).join(
+    t.alias,
+    (t.alias.c.policy_id == t.revision.c.policy_id) & (t.alias.c.digest == t.revision.c.digest),
+)
 
 
 def _previous(connection: Connection, policy: Policy, alias: str) -> Digest:
