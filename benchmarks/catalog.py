@@ -24,6 +24,7 @@ from benchmarks.arms.protocol import versions
 from benchmarks.house import Line, Report, Spread, Unavailable, number, table, verdict
 from benchmarks.processes import Stage
 from openmint.catalog.catalog import Catalog
+from openmint.catalog.records import Filters
 from openmint.service.adapters import admit_all
 from openmint.service.archives import PeftFolder
 from openmint.store.adapter_file import peft_tensors
@@ -198,7 +199,7 @@ def read(catalog: Catalog, store: BlobStore, size: int, seed: int) -> Reads:
         digests.append(catalog.resolve(tenant_of(index), address(index)).revision.digest)
 
     def policies(index: int) -> None:
-        catalog.policies(tenant_of(index), limit=PAGE, cursor=policy_of(index))
+        catalog.policies(tenant_of(index), limit=PAGE, cursor=f"{policy_of(index)}/0")
 
     def revisions(index: int) -> None:
         newest = size // NUM_TENANTS // BUSY_SHARE
@@ -207,7 +208,7 @@ def read(catalog: Catalog, store: BlobStore, size: int, seed: int) -> Reads:
 
     def prefix(index: int) -> None:
         start = f"policy-{index // NUM_TENANTS:07d}"[:-1]
-        assert catalog.policies(tenant_of(index), limit=PAGE, prefix=start).items
+        assert catalog.policies(tenant_of(index), Filters(prefix=start), limit=PAGE).items
 
     resolved = [1e6 * seconds for seconds in timed(resolve, at_random)]
     return Reads(

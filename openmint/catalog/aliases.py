@@ -226,6 +226,7 @@ class AliasRecords:
                 origin="imported",
                 ephemeral=False,
                 user_metadata=user_metadata,
+                actor=actor,
             )
             subject = f"{tenant}/{policy}@{added.digest}"
             note_event(connection, tenant, actor, "revision.import", subject)

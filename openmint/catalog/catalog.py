@@ -20,7 +20,9 @@ from openmint.catalog.keys import KeyRecords, load_pepper
 from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.requests import RequestRecords
 from openmint.catalog.revisions import RevisionRecords
+from openmint.catalog.search import SearchRecords
 from openmint.catalog.sessions import SessionRecords
+from openmint.catalog.tags import TagRecords
 from openmint.catalog.tenants import TenantRecords
 
 
@@ -28,6 +30,8 @@ class Catalog(
     KeyRecords,
     SessionRecords,
     PolicyRecords,
+    SearchRecords,
+    TagRecords,
     RunRecords,
     RequestRecords,
     RevisionRecords,

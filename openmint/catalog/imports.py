@@ -83,6 +83,7 @@ class _Batch:
                 "base_digest": self._base.digest,
                 "user_metadata": {},
                 "created_at": self._created_at,
+                "owner": self._actor,
             }
             for name in sorted(new)
         ]
@@ -136,6 +137,7 @@ class _Batch:
                     "ephemeral": False,
                     "user_metadata": {},
                     "created_at": self._created_at,
+                    "owner": self._actor,
                 }
             )
         self._note(name, blob.digest, number)

@@ -73,8 +73,12 @@ def put_revision(
     ephemeral: bool,
     parent_digest: Digest | None = None,
     user_metadata: Mapping[str, str] | None = None,
+    actor: str = "",
 ) -> Revision:
-    """The policy's revision of these bytes; the one there was, restored when it was deleted."""
+    """The policy's revision of these bytes; the one there was, restored when it was deleted.
+
+    Its owner is the run's session, without a run `actor`.
+    """
     known = find_revision(connection, policy, blob.digest)
     if known is not None:
         this = (t.revision.c.policy_id == policy.policy_id) & (t.revision.c.digest == blob.digest)
@@ -96,6 +100,7 @@ def put_revision(
                 ephemeral=ephemeral,
                 user_metadata=metadata(user_metadata),
                 created_at=now(),
+                owner=run.session_id if run else actor,
             )
         )
         maker = run.run_id if run else origin

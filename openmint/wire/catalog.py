@@ -105,6 +105,8 @@ def encode_policy(policy: Policy) -> Json:
         "base_digest": policy.base_digest,
         "user_metadata": dict(policy.user_metadata),
         "created_at": _time(policy.created_at),
+        "owner": policy.owner,
+        "keep_revisions": policy.keep_revisions,
     }
 
 
@@ -127,6 +129,7 @@ def encode_revision(revision: Revision) -> Json:
         "deleted_at": _time(revision.deleted_at),
         "drift": revision.drift,
         "base_difference": revision.base_difference,
+        "owner": revision.owner,
     }
 
 

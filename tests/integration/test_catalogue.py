@@ -1,4 +1,5 @@
-"""The catalogue of many adapters over HTTP and the command line: imports of all at once."""
+"""The catalogue of many adapters over HTTP and the command line: all imported at once, then found
+again."""
 
 from __future__ import annotations
 
@@ -128,3 +129,50 @@ def test_an_import_needs_the_role_the_tenant_and_a_tar(
         "import-all", str(tmp_path), environ=env, code=2
     )
     assert "adapter_config.json" in empty.stderr
+
+
+def test_tags_find_what_has_them_until_they_are_taken_away(
+    http: httpx.Client, env: dict[str, str], imported: dict[str, Any]
+) -> None:
+    second = imported["north/2"]["digest"]
+    run_cli("tag", f"{TENANT}/east", "cheap", environ=env)
+    run_cli("tag", f"{TENANT}/north@{second[:20]}", "best", environ=env)
+    assert http.get(f"/catalog/v1/policies/{TENANT}/east").json()["tags"] == ["cheap"]
+    shown = http.get(f"/catalog/v1/policies/{TENANT}/north/revisions/{second}").json()
+    assert shown["tags"] == ["best"]
+    found: Any = run_cli_json("policies", "ls", "--tag", "cheap", environ=env)
+    assert [item["name"] for item in found] == ["east"]
+    found = run_cli_json("revisions", "find", "--tag", "best", environ=env)
+    assert [item["digest"] for item in found] == [second]
+    run_cli("untag", f"{TENANT}/north@{second}", "best", environ=env)
+    run_cli("untag", f"{TENANT}/east", "cheap", environ=env)
+    assert http.get("/catalog/v1/revisions", params={"tag": "best"}).json()["items"] == []
+    actions = [event["action"] for event in http.get("/catalog/v1/audit").json()["items"]]
+    assert actions[:4] == ["policy.untag", "revision.untag", "revision.tag", "policy.tag"]
+    bad = http.put(f"/catalog/v1/policies/{TENANT}/east/tags/Not a tag")
+    assert bad.status_code == 400
+
+
+def test_revisions_are_found_by_owner_base_and_name(
+    http: httpx.Client, env: dict[str, str], imported: dict[str, Any]
+) -> None:
+    owner = http.get(f"/catalog/v1/policies/{TENANT}/north").json()["owner"]
+    assert owner in env["OPENMINT_API_KEY"]
+
+    def found(**wanted: Any) -> list[str]:
+        items, cursor = [], None
+        while True:
+            params = {**wanted, "limit": 2, **({"cursor": cursor} if cursor else {})}
+            page = http.get("/catalog/v1/revisions", params=params).json()
+            items += [f"{item['policy']}/{item['number']}" for item in page["items"]]
+            if (cursor := page["next_cursor"]) is None:
+                return items
+
+    everything = [f"{TENANT}/{path}" for path in ("east/1", "north/1", "north/2", "north/3")]
+    everything.append(f"{TENANT}/west/1")
+    assert found(base="tiny-llama") == found() == everything
+    assert sorted(found(owner=owner)) == everything
+    assert found(prefix="nor") == everything[1:4]
+    assert found(base="other") == found(owner="nobody") == found(task="none") == []
+    answer = http.get("/catalog/v1/revisions", params={"min_score": 0.5})
+    assert answer.status_code == 400 and "task" in answer.json()["detail"]

@@ -317,6 +317,11 @@ ROWS: dict[str, Row] = {
     f"POST {CATALOG}/revisions": Row(
         TRAIN, lambda w: {"base": w.base, "config": {}, "weights": "AAAA"}
     ),
+    "GET /catalog/v1/revisions": Row(ANY, params=lambda w: {"tenant": OWNER}),
+    f"PUT {CATALOG}/tags/{{tag}}": Row(TRAIN),
+    f"DELETE {CATALOG}/tags/{{tag}}": Row(TRAIN),
+    f"PUT {CATALOG}/revisions/{{reference}}/tags/{{tag}}": Row(TRAIN),
+    f"DELETE {CATALOG}/revisions/{{reference}}/tags/{{tag}}": Row(TRAIN),
     "POST /catalog/v1/imports": Row(TRAIN, lambda w: {}, params=lambda w: {"tenant": OWNER}),
     f"GET {CATALOG}/revisions/{{reference}}": Row(ANY),
     f"DELETE {CATALOG}/revisions/{{reference}}": Row(TRAIN),
@@ -354,6 +359,7 @@ def path_of(template: str, row: Row, world: World) -> str:
         "name": lambda w: "kept",
         "reference": lambda w: w.digest,
         "alias": lambda w: "prod",
+        "tag": lambda w: "good",
         "session_id": lambda w: w.session,
         "run_id": lambda w: w.run,
         "sampler_id": lambda w: w.sampler,
