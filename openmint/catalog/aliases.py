@@ -305,9 +305,10 @@ _ALIASED = REVISIONS.add_columns(t.alias.c.name.label("alias")).join(
 )
 
 
-def _previous(connection: Connection, policy: Policy, alias: str) -> Digest:
-    event, revision = t.alias_event.c, t.revision.c
-    mine = (event.policy_id == policy.policy_id) & (event.alias == alias)
+def past_of(connection: Connection, policy_id: int, alias: str) -> list[Digest]:
+    """What the alias names, last, above all that it may be rolled back to, one after another."""
+    event = t.alias_event.c
+    mine = (event.policy_id == policy_id) & (event.alias == alias)
     query = select(event.action, event.to_digest).where(mine).order_by(event.event_id)
     stack: list[Digest] = []
     for action, target in connection.execute(query):
@@ -316,6 +317,12 @@ def _previous(connection: Connection, policy: Policy, alias: str) -> Digest:
                 stack.pop()
         else:
             stack.append(target)
+    return stack
+
+
+def _previous(connection: Connection, policy: Policy, alias: str) -> Digest:
+    revision = t.revision.c
+    stack = past_of(connection, policy.policy_id, alias)
     current = stack.pop()
     live = (revision.policy_id == policy.policy_id) & revision.deleted_at.is_(None)
     usable = set(connection.execute(select(revision.digest).where(live)).scalars()) - {current}

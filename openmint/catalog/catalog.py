@@ -19,6 +19,7 @@ from openmint.catalog.imports import ImportRecords
 from openmint.catalog.keys import KeyRecords, load_pepper
 from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.requests import RequestRecords
+from openmint.catalog.retention import RetentionRecords
 from openmint.catalog.revisions import RevisionRecords
 from openmint.catalog.search import SearchRecords
 from openmint.catalog.sessions import SessionRecords
@@ -42,6 +43,7 @@ class Catalog(
     EvaluationRecords,
     AuditRecords,
     GarbageRecords,
+    RetentionRecords,
     TenantRecords,
     BaseRecords,
 ):

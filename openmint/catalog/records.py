@@ -100,6 +100,25 @@ class Filters:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """What is kept of a policy that says nothing itself, and of all."""
+
+    revisions: int
+    """How many of the newest; 0: all."""
+    rollbacks: int
+    """How many rollbacks of each alias find their revision still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoomedBlob:
+    """Bytes that lost a record."""
+
+    digest: Digest
+    doomed_at: datetime | None
+    """Since when they wait out their grace; None: they have none."""
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyPage:
     """Some policies; `next_cursor` continues after them, None at the end."""
 
@@ -163,6 +182,20 @@ class Revision:
     """The same between the revision and its base."""
     owner: str
     """The session or the key that made it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionPlan:
+    """What a policy keeps, and what would be deleted of it now."""
+
+    policy: Policy
+    keep: Keep
+    surplus: tuple[Revision, ...]
+
+    @property
+    def keep_revisions(self) -> int | None:
+        """The policy's own number, or that of the settings; None: all."""
+        return self.policy.keep_revisions or self.keep.revisions or None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     UniqueConstraint,
+    text,
 )
 
 from openmint.catalog.columns import INT64, JSON, NULLABLE_JSON, TEXT, Instant
@@ -102,7 +103,12 @@ policy = Table(
     UniqueConstraint("tenant", "name"),
     Index(None, "tenant", "base_name", "name"),
     Index(None, "tenant", "owner", "name"),
-    Index(None, "keep_revisions"),
+    Index(
+        "ix_policy_keeping",
+        "policy_id",
+        sqlite_where=text("keep_revisions IS NOT NULL"),
+        postgresql_where=text("keep_revisions IS NOT NULL"),
+    ),
 )
 
 policy_tag = Table(
@@ -252,6 +258,7 @@ doomed_blob = Table(
     METADATA,
     # Bytes that lost a record; see catalog/garbage.py.
     Column("digest", TEXT, primary_key=True),
+    # Since when they wait out their grace; those without one may go at once.
     Column("doomed_at", Instant),
     Index(None, "doomed_at"),
 )

@@ -70,6 +70,7 @@ def register(app: typer.Typer) -> None:
     app.command()(prewarm)
     app.command()(tag)
     app.command()(untag)
+    app.command()(gc)
 
 
 @policies.command("ls")
@@ -109,6 +110,36 @@ def show_policy(
     """One policy with its aliases."""
     with connect(url, key, data) as remote:
         show(remote.get(policy_path(policy)), as_json=as_json)
+
+
+@policies.command("retention")
+def retention(
+    policy: PolicyArgument,
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Keep so many of its newest revisions.", min=1)
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Keep what the service's settings say.")
+    ] = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """What a policy keeps and what would be deleted now; with --keep or --clear, change it."""
+    if clear and keep is not None:
+        raise InvalidRequest("give --keep or --clear, not both")
+    path = f"{policy_path(policy)}/retention"
+    with connect(url, key, data) as remote:
+        changes = clear or keep is not None
+        plan = remote.send("PUT", path, json={"keep_revisions": keep}) if changes else None
+        plan = plan or remote.get(path)
+    if as_json:
+        show(plan, as_json=True)
+        return
+    kept = plan["keep_revisions"] or "all"
+    console.print(f"{policy} keeps {kept} revisions and {plan['keep_rollbacks']} rollbacks a name")
+    show(plan["surplus"], as_json=False, columns=REVISION_COLUMNS)
 
 
 @revisions.command("ls")
@@ -165,6 +196,25 @@ def show_revision(
     """One revision: digest, base, rank, parent, optimizer steps, evaluations."""
     with connect(url, key, data) as remote:
         show(remote.get(revision_path(revision)), as_json=as_json)
+
+
+@revisions.command("lineage")
+def show_lineage(
+    revision: ThingArgument,
+    descendants: Annotated[
+        bool, typer.Option("--descendants", help="What came of it, not what it came of.")
+    ] = False,
+    depth: Annotated[int, typer.Option(help="At most so many steps away.", min=1, max=1000)] = 100,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """A revision and its ancestors, or its descendants, nearest first."""
+    what = "descendants" if descendants else "lineage"
+    with connect(url, key, data) as remote:
+        items = remote.get(f"{revision_path(revision)}/{what}", depth=depth)["items"]
+    show(items, as_json=as_json, columns=("distance", *REVISION_COLUMNS))
 
 
 @aliases.command("ls")
@@ -317,6 +367,19 @@ def untag(
     """Take a tag from a policy or a revision."""
     with connect(url, key, data) as remote:
         remote.send("DELETE", _tag_path(thing, word))
+
+
+def gc(
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=1000)] = 100,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bytes that no record names, and when the server deletes them; changes nothing."""
+    with connect(url, key, data) as remote:
+        items = remote.get("/catalog/v1/garbage", limit=limit)["items"]
+    show(items, as_json=as_json, columns=("digest", "goes_at"))
 
 
 def _tag_path(thing: str, word: str) -> str:

@@ -13,8 +13,9 @@ from openmint.store.blobs import BlobStore
 class Collector:
     """Follows the catalogue, but never between the writing of bytes and of their record."""
 
-    def __init__(self, catalog: Catalog, store: BlobStore) -> None:
+    def __init__(self, catalog: Catalog, store: BlobStore, grace_seconds: float) -> None:
         self._catalog, self._store = catalog, store
+        self.grace_seconds = grace_seconds
         self._num_saving = 0
 
     @contextmanager
@@ -32,7 +33,7 @@ class Collector:
         if self._num_saving:
             return
         # No await from the question to the last deletion, so that no save begins in between.
-        unused = self._catalog.unused_blobs()
+        unused = self._catalog.unused_blobs(self.grace_seconds)
         for digest in unused:
             self._store.delete(digest)
         if unused:

@@ -1,11 +1,12 @@
-"""The catalogue of many adapters over HTTP and the command line: all imported at once, then found
-again."""
+"""The catalogue of many adapters over HTTP and the command line: all imported at once, found
+again, and kept for a while."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import safetensors.numpy
+import tinker
 
 from tests.servers import TestServer, run_cli, run_cli_json, running_server
 
@@ -176,3 +178,54 @@ def test_revisions_are_found_by_owner_base_and_name(
     assert found(base="other") == found(owner="nobody") == found(task="none") == []
     answer = http.get("/catalog/v1/revisions", params={"min_score": 0.5})
     assert answer.status_code == 400 and "task" in answer.json()["detail"]
+
+
+def test_lineage_goes_both_ways(tiny: TestServer, http: httpx.Client, env: dict[str, str]) -> None:
+    client = tinker.ServiceClient(base_url=tiny.url, api_key=env["OPENMINT_API_KEY"])
+    run = client.create_lora_training_client(
+        "tiny-llama", rank=1, seed=1, user_metadata={"policy": "trained"}
+    ).result()
+    datum = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([5, 6, 7]),
+        loss_fn_inputs={"target_tokens": [6, 7, 8], "weights": [1.0] * 3},
+    )
+    for name in ("one", "two", "three"):
+        run.forward_backward([datum], "cross_entropy").result()
+        run.optim_step(tinker.AdamParams(learning_rate=1e-3)).result()
+        run.save_weights_for_sampler(name).result()
+    page = http.get(f"/catalog/v1/policies/{TENANT}/trained/revisions").json()
+    three, two, one = (item["digest"] for item in page["items"])
+    up: Any = run_cli_json("revisions", "lineage", f"{TENANT}/trained@{three}", environ=env)
+    assert [(item["distance"], item["digest"]) for item in up] == [(0, three), (1, two), (2, one)]
+    down: Any = run_cli_json(
+        "revisions", "lineage", f"{TENANT}/trained@{one}", "--descendants", "--depth", "1",
+        environ=env,
+    )  # fmt: skip
+    assert [(item["distance"], item["digest"]) for item in down] == [(1, two)]
+
+
+def test_a_policy_keeps_as_many_revisions_as_it_is_told(
+    tiny: TestServer, http: httpx.Client, env: dict[str, str], tmp_path: Path
+) -> None:
+    for seed in range(4):
+        write_adapter(tmp_path / "kept" / str(seed), 100 + seed)
+    run_cli("import-all", str(tmp_path), "--base", "tiny-llama", environ=env)
+    path, policy = f"/catalog/v1/policies/{TENANT}/kept", f"{TENANT}/kept"
+    listed = http.get(f"{path}/revisions").json()["items"]
+    first = listed[-1]["digest"]
+    http.post(f"{path}/aliases/prod/promote", json={"revision": first})
+    before: Any = run_cli_json("policies", "retention", policy, environ=env)
+    assert (before["own"], before["keep_revisions"], before["surplus"]) == (None, None, [])
+    plan: Any = run_cli_json("policies", "retention", policy, "--keep", "2", environ=env)
+    assert (plan["own"], [item["number"] for item in plan["surplus"]]) == (2, [2])
+    deadline = time.monotonic() + 30
+    while len(http.get(f"{path}/revisions").json()["items"]) == 4:
+        assert time.monotonic() < deadline, "no sweep came"
+        time.sleep(0.5)
+    left = [item["number"] for item in http.get(f"{path}/revisions").json()["items"]]
+    assert left == [4, 3, 1]
+    admin = {**env, "OPENMINT_API_KEY": tiny.admin_key}
+    garbage: Any = run_cli_json("gc", environ=admin)
+    assert listed[-2]["digest"] in [item["digest"] for item in garbage]
+    assert all(item["goes_at"] for item in garbage if item["digest"] == listed[-2]["digest"])
+    assert run_cli_json("policies", "retention", policy, environ=env) == {**plan, "surplus": []}

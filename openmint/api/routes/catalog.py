@@ -31,6 +31,7 @@ READERS: tuple[Role, ...] = ("read", "serve", "train")
 MAX_CONFIG_BYTES = 1 << 20
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
+Depth = Annotated[int, Query(ge=1, le=1000)]
 Cursor = Annotated[str | None, Query(max_length=512)]
 RowId = Annotated[int, Path(ge=1, lt=1 << 62)]
 Word = Annotated[str | None, Query(max_length=128)]
@@ -158,13 +159,29 @@ async def get_revision(
 
 @router.get(REVISION + "/lineage")
 async def get_lineage(
-    tenant: str, name: str, reference: str, caller: Caller, gateway: App
+    tenant: str, name: str, reference: str, caller: Caller, gateway: App, depth: Depth = 100
 ) -> wire.Json:
-    """The revision and its ancestors, nearest first."""
+    """The revision and its ancestors, nearest first, at most `depth` steps away."""
     caller.require(*READERS)
     revision = _revision(gateway, caller, tenant, name, reference)
-    lineage = gateway.catalog.lineage(revision.tenant, name, revision.digest)
-    return {"items": [wire.encode_revision(ancestor) for ancestor in lineage]}
+    lineage = await asyncio.to_thread(
+        gateway.catalog.lineage, revision.tenant, name, revision.digest, depth=depth
+    )
+    return {"items": [wire.encode_relative(n, each) for n, each in enumerate(lineage)]}
+
+
+@router.get(REVISION + "/descendants")
+async def get_descendants(
+    tenant: str, name: str, reference: str, caller: Caller, gateway: App, depth: Depth = 100
+) -> wire.Json:
+    """What descends from the revision, nearest first, at most `depth` steps away and at most 1000
+    revisions."""
+    caller.require(*READERS)
+    revision = _revision(gateway, caller, tenant, name, reference)
+    found = await asyncio.to_thread(
+        gateway.catalog.descendants, revision.tenant, name, revision.digest, depth=depth
+    )
+    return {"items": [wire.encode_relative(distance, each) for distance, each in found]}
 
 
 @router.delete(REVISION)
@@ -257,6 +274,39 @@ async def untag_revision(
     owner = owned(caller, tenant)
     await gateway.promotion.unset_tag(owner, name, reference, tag, actor=caller.key_id)
     return Response(status_code=204)
+
+
+# -- retention ------------------------------------------------------------------------------------
+
+
+@router.get(POLICY + "/retention")
+async def get_retention(tenant: str, name: str, caller: Caller, gateway: App) -> wire.Json:
+    """How many revisions a policy keeps, and which would be deleted now."""
+    caller.require(*READERS)
+    owner = owned(caller, tenant)
+    return wire.encode_plan(await asyncio.to_thread(gateway.retention.plan, owner, name))
+
+
+@router.put(POLICY + "/retention", openapi_extra=takes(wire.SetRetention))
+async def set_retention(
+    tenant: str, name: str, request: Request, caller: Caller, gateway: App
+) -> wire.Json:
+    """Have a policy keep so many of its newest revisions; the others go within a while."""
+    caller.require("train")
+    owner = owned(caller, tenant)
+    body = await read(request, wire.SetRetention)
+    plan = await gateway.retention.set(owner, name, body.keep_revisions, actor=caller.key_id)
+    return wire.encode_plan(plan)
+
+
+@router.get("/garbage")
+async def list_garbage(caller: Caller, gateway: App, limit: Limit = 100) -> wire.Json:
+    """Bytes that no record names, and when they go; null is at once, unless somebody samples."""
+    caller.require()
+    doomed = await asyncio.to_thread(gateway.catalog.doomed_blobs, limit)
+    grace_seconds = gateway.collector.grace_seconds
+    items = [wire.encode_doomed(blob, grace_seconds) for blob in doomed]
+    return {"items": items, "grace_seconds": grace_seconds}
 
 
 # -- many at once ---------------------------------------------------------------------------------

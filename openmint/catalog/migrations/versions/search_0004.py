@@ -23,7 +23,7 @@ OWN_REVISIONS = """
     ) WHERE run_id IS NOT NULL
 """
 INDEXES = {
-    "policy": (("tenant", "base_name", "name"), ("tenant", "owner", "name"), ("keep_revisions",)),
+    "policy": (("tenant", "base_name", "name"), ("tenant", "owner", "name")),
     "revision": (("owner", "policy_id", "number"), ("policy_id", "parent_digest")),
     "evaluation": (("tenant", "task_name", "score", "evaluation_id"),),
     "policy_tag": (("policy_id",),),
@@ -65,6 +65,15 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("tenant", "tag", "policy_name", "number", name="pk_revision_tag"),
         sqlite_with_rowid=False,
+    )
+    keeping = sa.text("keep_revisions IS NOT NULL")
+    op.create_index(
+        "ix_policy_keeping",
+        "policy",
+        ["policy_id"],
+        unique=False,
+        sqlite_where=keeping,
+        postgresql_where=keeping,
     )
     for table, indexes in INDEXES.items():
         for columns in indexes:
