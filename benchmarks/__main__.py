@@ -1,7 +1,7 @@
 """Is the engine at this machine's limit? Runs the benchmarks and prints one table.
 
-`python -m benchmarks [question ...] [--repeats N] [--no-rivals] [--patience SECONDS]`; without a
-question, all of them. Each writes its page under benchmarks/results.
+`python -m benchmarks [question ...] [--repeats N] [--no-rivals] [--patience SECONDS]
+[--largest N]`; without a question, all of them. Each writes its page under benchmarks/results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.house import PATIENT, Patience, Report, lines_table
 from benchmarks.machine import commit, load_average, machine_facts, today
-from benchmarks.processes import BASES, Stage
+from benchmarks.processes import BASES, LARGEST, Stage
 from benchmarks.writing import RESULTS, Circumstances, write
 from openmint.models.embedded import embedded_base
 
@@ -32,6 +32,7 @@ QUESTIONS = (
     "control",
     "load",
     "concurrent",
+    "catalog",
 )
 """Modules of this package with `ask(stage, repeats)`."""
 
@@ -41,7 +42,8 @@ def run(question: str, given: argparse.Namespace) -> Report:
     module = importlib.import_module(f"benchmarks.{question}")
     embedded_base(BASES)  # converted before anything is timed, and before folders point to it
     load_before, commit_before = load_average(), commit()
-    with Stage(not given.no_rivals, Patience.waiting(given.patience)) as stage:
+    patience = Patience.waiting(given.patience)
+    with Stage(not given.no_rivals, patience, given.largest) as stage:
         report: Report = module.ask(stage, given.repeats)
         versions = {**stage.versions, **report.versions}
         environments = stage.environments
@@ -64,6 +66,8 @@ def command_of(question: str, given: argparse.Namespace) -> str:
     command = f"python -m benchmarks {question} --repeats {given.repeats}"
     if given.patience != PATIENT.wait_seconds:
         command += f" --patience {given.patience:g}"
+    if given.largest != LARGEST:
+        command += f" --largest {given.largest}"
     return f"{command} --no-rivals" if given.no_rivals else command
 
 
@@ -79,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=PATIENT.wait_seconds,
         metavar="SECONDS",
         help="how long a turn waits for other processes to leave the cores idle; 0: not at all",
+    )
+    parser.add_argument(
+        "--largest",
+        type=int,
+        default=LARGEST,
+        metavar="N",
+        help="most revisions that `catalog` makes; 1000000 takes an hour or two and 40 GB",
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)

@@ -33,6 +33,8 @@ from openmint.cluster.process import MEMORY_ENVIRONMENT
 BASES = PROJECT / ".data" / "test-bases"
 LOGS = PROJECT / ".data" / "benchmarks" / "logs"
 THREADS = 2
+LARGEST = 10_000
+"""Most revisions of `catalog.py`, unless more is asked for."""
 STOP_SECONDS = 20.0
 COMMON = {
     "OMP_NUM_THREADS": str(THREADS),
@@ -149,8 +151,10 @@ class RemoteArm:
 class Stage:
     """The processes of one question. Used as a context; leaving it ends them."""
 
-    def __init__(self, use_rivals: bool = True, patience: Patience = PATIENT) -> None:
-        self.patience = patience
+    def __init__(
+        self, use_rivals: bool = True, patience: Patience = PATIENT, largest: int = LARGEST
+    ) -> None:
+        self.patience, self.largest = patience, largest
         self._use_rivals = use_rivals
         self._processes: dict[str, ArmProcess] = {}
 

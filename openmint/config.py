@@ -125,6 +125,14 @@ class ServiceConfig:
     """The same for its live training runs and the revisions that it samples from at one time."""
     tenant_stored_bytes: int = 0
     """The same for the bytes of its checkpoints and revisions."""
+    keep_revisions: int = 0
+    """How many of its newest revisions a policy keeps that says nothing itself; 0 is all. What an
+    alias names is kept besides, and what its last moves may be rolled back to."""
+    keep_rollbacks: int = 10
+    """How many rollbacks of each alias find their revision still there, however old it is."""
+    grace_seconds: float = 3600.0
+    """How long the bytes of a deleted revision are left in the store. States of training and
+    unnamed saves go at once."""
     drift_alarm: float = 0.25
     """Nats between trainer and sampler, on one token of a revision's probe, above which the log and
     `openmint_probes_total` say so. 0 to 0.05 is usual; with int8 weights up to 0.2."""
@@ -141,6 +149,9 @@ class ServiceConfig:
             raise InvalidRequest(
                 f"setting service.routing is residency or sticky, got {self.routing!r}"
             )
+        _at_least("service.keep_revisions", self.keep_revisions, 0)
+        _at_least("service.keep_rollbacks", self.keep_rollbacks, 0)
+        _at_least("service.grace_seconds", self.grace_seconds, 0)
         _at_least("service.worker_silence_seconds", self.worker_silence_seconds, 3)
 
 

@@ -6,7 +6,7 @@ below, so that rolling back twice does not return to what was rolled back first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Connection, select, update
 
@@ -37,6 +37,7 @@ from openmint.catalog.rows import (
     SavedBytes,
     many,
     one,
+    to_record,
 )
 from openmint.errors import Conflict, NotFound
 from openmint.types import BaseInfo, Digest, Tenant
@@ -225,6 +226,7 @@ class AliasRecords:
                 origin="imported",
                 ephemeral=False,
                 user_metadata=user_metadata,
+                actor=actor,
             )
             subject = f"{tenant}/{policy}@{added.digest}"
             note_event(connection, tenant, actor, "revision.import", subject)
@@ -278,26 +280,35 @@ class AliasRecords:
             if address.digest_prefix is not None:
                 owner = find_policy(connection, tenant, address.policy)
                 return Resolved(find_by_prefix(connection, owner, address.digest_prefix), None)
-            for name in (address.alias,) if address.alias else (SERVED, LATEST):
-                if revision := _aliased(connection, tenant, address.policy, name):
-                    return Resolved(revision, name)
+            names = (address.alias,) if address.alias else (SERVED, LATEST)
+            if resolved := _aliased(connection, tenant, address.policy, names):
+                return resolved
             find_policy(connection, tenant, address.policy)
         raise NotFound(f"policy {address.policy!r} has no alias {address.alias or LATEST!r}")
 
 
-def _aliased(connection: Connection, tenant: Tenant, policy: str, name: str) -> Revision | None:
-    same = (t.alias.c.policy_id == t.revision.c.policy_id) & (
-        t.alias.c.digest == t.revision.c.digest
+def _aliased(
+    connection: Connection, tenant: Tenant, policy: str, names: Sequence[str]
+) -> Resolved | None:
+    """What the first of the aliases that is there names."""
+    query = _ALIASED.where(
+        t.policy.c.tenant == tenant, t.policy.c.name == policy, t.alias.c.name.in_(names)
     )
-    query = REVISIONS.join(t.alias, same).where(
-        t.policy.c.tenant == tenant, t.policy.c.name == policy, t.alias.c.name == name
-    )
-    return one(connection, Revision, query)
+    found = {row["alias"]: row for row in connection.execute(query).mappings()}
+    name = next((name for name in names if name in found), None)
+    return None if name is None else Resolved(to_record(Revision, found[name]), name)
 
 
-def _previous(connection: Connection, policy: Policy, alias: str) -> Digest:
-    event, revision = t.alias_event.c, t.revision.c
-    mine = (event.policy_id == policy.policy_id) & (event.alias == alias)
+_ALIASED = REVISIONS.add_columns(t.alias.c.name.label("alias")).join(
+    t.alias,
+    (t.alias.c.policy_id == t.revision.c.policy_id) & (t.alias.c.digest == t.revision.c.digest),
+)
+
+
+def past_of(connection: Connection, policy_id: int, alias: str) -> list[Digest]:
+    """What the alias names, last, above all that it may be rolled back to, one after another."""
+    event = t.alias_event.c
+    mine = (event.policy_id == policy_id) & (event.alias == alias)
     query = select(event.action, event.to_digest).where(mine).order_by(event.event_id)
     stack: list[Digest] = []
     for action, target in connection.execute(query):
@@ -306,6 +317,12 @@ def _previous(connection: Connection, policy: Policy, alias: str) -> Digest:
                 stack.pop()
         else:
             stack.append(target)
+    return stack
+
+
+def _previous(connection: Connection, policy: Policy, alias: str) -> Digest:
+    revision = t.revision.c
+    stack = past_of(connection, policy.policy_id, alias)
     current = stack.pop()
     live = (revision.policy_id == policy.policy_id) & revision.deleted_at.is_(None)
     usable = set(connection.execute(select(revision.digest).where(live)).scalars()) - {current}

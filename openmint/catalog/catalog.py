@@ -15,11 +15,15 @@ from openmint.catalog.checkpoints import CheckpointRecords, SamplerRecords
 from openmint.catalog.database import Database
 from openmint.catalog.evaluations import EvaluationRecords
 from openmint.catalog.garbage import GarbageRecords
+from openmint.catalog.imports import ImportRecords
 from openmint.catalog.keys import KeyRecords, load_pepper
 from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.requests import RequestRecords
+from openmint.catalog.retention import RetentionRecords
 from openmint.catalog.revisions import RevisionRecords
+from openmint.catalog.search import SearchRecords
 from openmint.catalog.sessions import SessionRecords
+from openmint.catalog.tags import TagRecords
 from openmint.catalog.tenants import TenantRecords
 
 
@@ -27,15 +31,19 @@ class Catalog(
     KeyRecords,
     SessionRecords,
     PolicyRecords,
+    SearchRecords,
+    TagRecords,
     RunRecords,
     RequestRecords,
     RevisionRecords,
     CheckpointRecords,
     SamplerRecords,
     AliasRecords,
+    ImportRecords,
     EvaluationRecords,
     AuditRecords,
     GarbageRecords,
+    RetentionRecords,
     TenantRecords,
     BaseRecords,
 ):

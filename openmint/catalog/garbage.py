@@ -1,27 +1,33 @@
 """Bytes that lost a record, doomed in the transaction that took it away, so that no crash forgets
 them. They may go once nothing uses them: no revision, no checkpoint, no run that would be rebuilt
-from them, no sampler of an open session.
+from them, no sampler of an open session. Those of a revision that was deleted are left for a grace
+first: whoever still works with it goes on, and the same save again costs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, select
+from sqlalchemy import ColumnElement, Connection, delete, or_, select, update
 
 from openmint.catalog import tables as t
-from openmint.catalog.database import Database
-from openmint.catalog.rows import MAX_LIST
+from openmint.catalog.database import Database, now
+from openmint.catalog.records import DoomedBlob
+from openmint.catalog.rows import DOOMED_BLOBS, MAX_LIST, many
 from openmint.types import Digest
 
 
-def doom(connection: Connection, digest: str) -> None:
-    """Have the collector look at these bytes; repeating it is fine."""
+def doom(connection: Connection, digest: str, *, with_grace: bool = False) -> None:
+    """Have the collector look at these bytes, with grace a while later; repeating it is fine."""
     doomed = t.doomed_blob
+    values = {"digest": digest, "doomed_at": now() if with_grace else None}
     known = select(doomed.c.digest).where(doomed.c.digest == digest)
     if connection.execute(known).first() is None:
-        connection.execute(doomed.insert().values(digest=digest))
+        connection.execute(doomed.insert().values(**values))
+    elif with_grace:
+        connection.execute(update(doomed).where(doomed.c.digest == digest).values(**values))
 
 
 class GarbageRecords:
@@ -29,12 +35,20 @@ class GarbageRecords:
 
     _database: Database
 
-    def unused_blobs(self) -> list[Digest]:
-        """Doomed digests that nothing uses now, some at a time."""
-        digest = t.doomed_blob.c.digest
-        query = select(digest).where(~_is_named(digest), ~_is_sampled(digest)).limit(MAX_LIST)
+    def unused_blobs(self, grace_seconds: float = 0.0) -> list[Digest]:
+        """Doomed digests whose grace is over and that nothing uses now, some at a time."""
+        digest, doomed_at = t.doomed_blob.c.digest, t.doomed_blob.c.doomed_at
+        over = or_(doomed_at.is_(None), doomed_at <= now() - timedelta(seconds=grace_seconds))
+        query = select(digest).where(over, ~_is_named(digest), ~_is_sampled(digest))
         with self._database.read() as connection:
-            return list(connection.execute(query).scalars())
+            return list(connection.execute(query.limit(MAX_LIST)).scalars())
+
+    def doomed_blobs(self, limit: int = 100) -> list[DoomedBlob]:
+        """What waits for the collector and is named by no record, longest waiting first."""
+        digest, doomed_at = t.doomed_blob.c.digest, t.doomed_blob.c.doomed_at
+        query = DOOMED_BLOBS.where(~_is_named(digest)).order_by(doomed_at, digest)
+        with self._database.read() as connection:
+            return many(connection, DoomedBlob, query.limit(min(limit, MAX_LIST)))
 
     def forget_blobs(self, digests: Sequence[Digest]) -> None:
         """Their bytes are gone. What a record names again is no longer doomed either."""

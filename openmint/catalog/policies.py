@@ -10,7 +10,7 @@ from sqlalchemy import Connection, func, select, update
 from openmint.catalog import tables as t
 from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
-from openmint.catalog.records import Policy, PolicyPage, Run
+from openmint.catalog.records import Policy, Run
 from openmint.catalog.rows import (
     MAX_LIST,
     POLICIES,
@@ -23,8 +23,6 @@ from openmint.catalog.rows import (
 from openmint.catalog.sessions import find_session
 from openmint.errors import Conflict, InvalidRequest, NotFound
 from openmint.types import BaseInfo, LoraSpec, RunId, SessionId, Tenant
-
-LAST_CHARACTER = "\U0010ffff"
 
 
 def find_policy(connection: Connection, tenant: Tenant, name: str) -> Policy:
@@ -43,8 +41,12 @@ def get_or_create(
     user_metadata: Mapping[str, str] | None = None,
     *,
     actor: str,
+    owner: str | None = None,
 ) -> Policy:
-    """The policy, new where there was none. Raises InvalidRequest when it has another base."""
+    """The policy, new where there was none; its owner is `actor` unless another is named.
+
+    Raises InvalidRequest when it has another base.
+    """
     try:
         found = find_policy(connection, tenant, name)
     except NotFound:
@@ -56,6 +58,7 @@ def get_or_create(
                 base_digest=base.digest,
                 user_metadata=metadata(user_metadata),
                 created_at=now(),
+                owner=actor if owner is None else owner,
             )
         )
         note_event(connection, tenant, actor, "policy.create", f"{tenant}/{name}")
@@ -91,7 +94,7 @@ def put_run(
 ) -> Run:
     """The run, and its policy where there was none. Raises as `add_run`."""
     status = "live" if find_session(connection, tenant, session_id).status == "open" else "closed"
-    owner = get_or_create(connection, tenant, policy, base, actor=run_id)
+    owner = get_or_create(connection, tenant, policy, base, actor=run_id, owner=session_id)
     known = one(connection, Run, RUNS.where(t.run.c.run_id == run_id))
     if known is None:
         started_at = now()
@@ -140,33 +143,6 @@ class PolicyRecords:
         """Raises NotFound."""
         with self._database.read() as connection:
             return find_policy(connection, tenant, name)
-
-    def policies(
-        self,
-        tenant: Tenant,
-        *,
-        limit: int = 100,
-        cursor: str | None = None,
-        prefix: str | None = None,
-        search: str | None = None,
-    ) -> PolicyPage:
-        """A page of the tenant's policies by name; `cursor` is the page before's `next_cursor`.
-
-        `prefix` is answered from the index; `search` matches any part of a name and reads all.
-        """
-        limit = min(limit, MAX_LIST)
-        name = t.policy.c.name
-        query = POLICIES.where(t.policy.c.tenant == tenant).order_by(name)
-        if cursor is not None:
-            query = query.where(name > cursor)
-        if prefix:
-            query = query.where(name >= prefix, name < prefix + LAST_CHARACTER)
-        if search:
-            query = query.where(name.contains(search.lower(), autoescape=True))
-        with self._database.read() as connection:
-            found = tuple(many(connection, Policy, query.limit(limit + 1)))
-        page = found[:limit]
-        return PolicyPage(page, page[-1].name if len(found) > limit else None)
 
     def num_policies(self, tenant: Tenant) -> int:
         query = select(func.count()).select_from(t.policy).where(t.policy.c.tenant == tenant)

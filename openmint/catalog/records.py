@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from openmint.errors import Forbidden
+from openmint.errors import Forbidden, InvalidRequest
 from openmint.types import Digest, LoraSpec, RunId, SessionId, Tenant
 
 Role = Literal["admin", "train", "serve", "read"]
@@ -75,13 +75,62 @@ class Policy:
     base_digest: Digest
     user_metadata: Mapping[str, str]
     created_at: datetime
+    owner: str
+    """The session or the key that made it."""
+    keep_revisions: int | None
+    """How many of its newest revisions are kept; None: as many as the service's settings say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What a search wants; None asks for nothing."""
+
+    prefix: str | None = None
+    """How the policy's name begins."""
+    tag: str | None = None
+    owner: str | None = None
+    base: str | None = None
+    task: str | None = None
+    """An evaluation task, by name, on which there is a score."""
+    min_score: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_score is not None and self.task is None:
+            raise InvalidRequest("min_score is a score on a task; name the task")
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What is kept of a policy that says nothing itself, and of all."""
+
+    revisions: int
+    """How many of the newest; 0: all."""
+    rollbacks: int
+    """How many rollbacks of each alias find their revision still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoomedBlob:
+    """Bytes that lost a record."""
+
+    digest: Digest
+    doomed_at: datetime | None
+    """Since when they wait out their grace; None: they have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyPage:
-    """Some policies by name; `next_cursor` continues after them, None at the end."""
+    """Some policies; `next_cursor` continues after them, None at the end."""
 
     items: tuple[Policy, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionPage:
+    """The same of revisions."""
+
+    items: tuple[Revision, ...]
     next_cursor: str | None
 
 
@@ -131,6 +180,33 @@ class Revision:
     probe."""
     base_difference: float | None
     """The same between the revision and its base."""
+    owner: str
+    """The session or the key that made it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionPlan:
+    """What a policy keeps, and what would be deleted of it now."""
+
+    policy: Policy
+    keep: Keep
+    surplus: tuple[Revision, ...]
+
+    @property
+    def keep_revisions(self) -> int | None:
+        """The policy's own number, or that of the settings; None: all."""
+        return self.policy.keep_revisions or self.keep.revisions or None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOutcome:
+    """What became of one adapter of an archive: a revision, or the error that refused it."""
+
+    path: str
+    policy: str
+    digest: Digest | None = None
+    number: int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,8 +73,12 @@ def put_revision(
     ephemeral: bool,
     parent_digest: Digest | None = None,
     user_metadata: Mapping[str, str] | None = None,
+    actor: str = "",
 ) -> Revision:
-    """The policy's revision of these bytes; the one there was, restored when it was deleted."""
+    """The policy's revision of these bytes; the one there was, restored when it was deleted.
+
+    Its owner is the run's session, without a run `actor`.
+    """
     known = find_revision(connection, policy, blob.digest)
     if known is not None:
         this = (t.revision.c.policy_id == policy.policy_id) & (t.revision.c.digest == blob.digest)
@@ -96,6 +100,7 @@ def put_revision(
                 ephemeral=ephemeral,
                 user_metadata=metadata(user_metadata),
                 created_at=now(),
+                owner=run.session_id if run else actor,
             )
         )
         maker = run.run_id if run else origin
@@ -119,10 +124,13 @@ def _newest_of_run(connection: Connection, run: Run) -> Digest | None:
     return connection.execute(newest).scalar()
 
 
-def delete_revision_row(connection: Connection, policy_id: int, digest: str) -> None:
+def delete_revision_row(
+    connection: Connection, policy_id: int, digest: str, *, with_grace: bool = True
+) -> None:
+    """Mark it deleted; its bytes go once nothing needs them, with grace a while later."""
     this = (t.revision.c.policy_id == policy_id) & (t.revision.c.digest == digest)
     connection.execute(update(t.revision).where(this).values(deleted_at=now()))
-    doom(connection, digest)
+    doom(connection, digest, with_grace=with_grace)
 
 
 def keep_revision(connection: Connection, policy: Policy, digest: str) -> None:
@@ -208,20 +216,50 @@ class RevisionRecords:
             newest = query.order_by(column.number.desc()).limit(min(limit, MAX_LIST))
             return many(connection, Revision, newest)
 
-    def lineage(self, tenant: Tenant, policy: str, digest: str) -> list[Revision]:
-        """The revision and what it descends from within the policy, nearest first, deleted ones
-        included. Raises NotFound."""
+    def lineage(
+        self, tenant: Tenant, policy: str, digest: str, *, depth: int = MAX_LIST
+    ) -> list[Revision]:
+        """The revision and what it descends from within the policy, nearest first and at most
+        `depth` steps away, deleted ones included. Raises NotFound."""
         with self._database.read() as connection:
             owner = find_policy(connection, tenant, policy)
             chain = [find_by_prefix(connection, owner, digest)]
             seen = {chain[0].digest}
             while (parent := chain[-1].parent_digest) and parent not in seen:
                 found = find_revision(connection, owner, parent)
-                if found is None or len(chain) == MAX_LIST:
+                if found is None or len(chain) > depth:
                     break
                 chain.append(found)
                 seen.add(parent)
             return chain
+
+    def descendants(
+        self, tenant: Tenant, policy: str, digest: str, *, depth: int = MAX_LIST
+    ) -> list[tuple[int, Revision]]:
+        """What descends from the revision within the policy, each with its distance, nearest first
+        and in the order of numbers, deleted ones included.
+
+        At most `depth` steps away, and no more than `MAX_LIST`. Raises NotFound.
+        """
+        column = t.revision.c
+        with self._database.read() as connection:
+            owner = find_policy(connection, tenant, policy)
+            first = find_by_prefix(connection, owner, digest)
+            level, seen = [first.digest], {first.digest}
+            found: list[tuple[int, Revision]] = []
+            for distance in range(1, depth + 1):
+                query = REVISIONS.where(
+                    column.policy_id == owner.policy_id, column.parent_digest.in_(level)
+                )
+                room = MAX_LIST - len(found)
+                children = many(connection, Revision, query.order_by(column.number).limit(room))
+                new = [child for child in children if child.digest not in seen]
+                found += [(distance, child) for child in new]
+                level = [child.digest for child in new]
+                seen.update(level)
+                if not level:
+                    break
+            return found
 
     def delete_revision(self, tenant: Tenant, policy: str, digest: str, *, actor: str) -> Revision:
         """Mark a revision deleted; its bytes go when nothing else needs them.
@@ -260,4 +298,4 @@ class RevisionRecords:
         )
         with self._database.write() as connection:
             for row in connection.execute(over).all():
-                delete_revision_row(connection, row.policy_id, row.digest)
+                delete_revision_row(connection, row.policy_id, row.digest, with_grace=False)

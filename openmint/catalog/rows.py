@@ -15,6 +15,7 @@ from openmint.catalog.records import (
     ApiKey,
     AuditEvent,
     Checkpoint,
+    DoomedBlob,
     Evaluation,
     Policy,
     RequestRecord,
@@ -106,6 +107,7 @@ EVALUATIONS = select(t.evaluation, t.policy.c.name.label("policy_name")).join_fr
     t.evaluation, t.policy, isouter=True
 )
 AUDIT_EVENTS = select(t.audit_event)
+DOOMED_BLOBS = select(t.doomed_blob)
 REQUESTS = select(t.request)
 USAGE_HOURS = select(t.usage)
 
@@ -122,6 +124,7 @@ SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (TaskRecord, TASKS),
     (Evaluation, EVALUATIONS),
     (AuditEvent, AUDIT_EVENTS),
+    (DoomedBlob, DOOMED_BLOBS),
     (RequestRecord, REQUESTS),
     (UsageHour, USAGE_HOURS),
 )

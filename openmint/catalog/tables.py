@@ -15,6 +15,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     UniqueConstraint,
+    text,
 )
 
 from openmint.catalog.columns import INT64, JSON, NULLABLE_JSON, TEXT, Instant
@@ -95,7 +96,32 @@ policy = Table(
     _required("base_digest", TEXT),
     Column("user_metadata", JSON, nullable=False),
     _required("created_at", Instant),
+    # The session or the key that made it; "" for what is older than this column.
+    Column("owner", TEXT, nullable=False, server_default=""),
+    # How many of its newest revisions are kept; see catalog/retention.py.
+    Column("keep_revisions", INT64),
     UniqueConstraint("tenant", "name"),
+    Index(None, "tenant", "base_name", "name"),
+    Index(None, "tenant", "owner", "name"),
+    Index(
+        "ix_policy_keeping",
+        "policy_id",
+        sqlite_where=text("keep_revisions IS NOT NULL"),
+        postgresql_where=text("keep_revisions IS NOT NULL"),
+    ),
+)
+
+policy_tag = Table(
+    "policy_tag",
+    METADATA,
+    # In the order in which search lists what has a tag; no policy changes its name.
+    _required("tenant", TEXT),
+    _required("tag", TEXT),
+    _required("policy_name", TEXT),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    PrimaryKeyConstraint("tenant", "tag", "policy_name"),
+    Index(None, "policy_id"),
+    sqlite_with_rowid=False,
 )
 
 run = Table(
@@ -163,11 +189,28 @@ revision = Table(
     # What its probe found, in nats; see service/probes.py.
     Column("drift", Float),
     Column("base_difference", Float),
+    Column("owner", TEXT, nullable=False, server_default=""),
     PrimaryKeyConstraint("policy_id", "digest"),
     UniqueConstraint("policy_id", "number"),
     Index(None, "digest"),
     Index(None, "run_id"),
     Index(None, "ephemeral", "deleted_at"),
+    Index(None, "owner", "policy_id", "number"),
+    Index(None, "policy_id", "parent_digest"),
+    sqlite_with_rowid=False,
+)
+
+revision_tag = Table(
+    "revision_tag",
+    METADATA,
+    _required("tenant", TEXT),
+    _required("tag", TEXT),
+    _required("policy_name", TEXT),
+    Column("number", INT64, nullable=False),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("digest", TEXT),
+    PrimaryKeyConstraint("tenant", "tag", "policy_name", "number"),
+    Index(None, "policy_id", "digest"),
     sqlite_with_rowid=False,
 )
 
@@ -215,6 +258,9 @@ doomed_blob = Table(
     METADATA,
     # Bytes that lost a record; see catalog/garbage.py.
     Column("digest", TEXT, primary_key=True),
+    # Since when they wait out their grace; those without one may go at once.
+    Column("doomed_at", Instant),
+    Index(None, "doomed_at"),
 )
 
 alias = Table(
@@ -277,6 +323,7 @@ evaluation = Table(
     Column("finished_at", Instant),
     Index(None, "tenant", "evaluation_id"),
     Index(None, "policy_id", "digest"),
+    Index(None, "tenant", "task_name", "score", "evaluation_id"),
 )
 
 audit_event = Table(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openmint.catalog.address import PolicyAddress
+from openmint.catalog.address import NAME, PolicyAddress
 from openmint.cli.output import JsonFlag, YesFlag, confirm, console, fail, progress, show
 from openmint.cli.remote import (
     DEFAULT_DATA,
@@ -30,6 +30,25 @@ LimitOption = Annotated[int, typer.Option(help="At most this many.", min=1)]
 AliasOption = Annotated[str, typer.Option("--alias", help="Name to move.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 
+PrefixOption = Annotated[
+    str | None, typer.Option("--prefix", help="Only policies whose name begins so.")
+]
+TagOption = Annotated[str | None, typer.Option("--tag", help="Only with this tag.")]
+OwnerOption = Annotated[
+    str | None, typer.Option("--owner", help="Only what this session or key made.")
+]
+BaseOption = Annotated[str | None, typer.Option("--base", help="Only of this base.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="Only with a score on this evaluation task.")
+]
+ScoreOption = Annotated[
+    float | None, typer.Option("--min-score", help="The least score on the task.")
+]
+TenantOption = Annotated[
+    str | None, typer.Option("--tenant", help="Another tenant's (admin keys).")
+]
+ThingArgument = Annotated[str, typer.Argument(metavar="TENANT/POLICY[@ALIAS|@sha256:…]")]
+
 POLICY_COLUMNS = ("policy", "base_name", "created_at")
 REVISION_COLUMNS = (
     "number", "digest", "num_optim_steps", "rank", "alpha", "size_bytes", "origin", "created_at",
@@ -49,21 +68,34 @@ def register(app: typer.Typer) -> None:
     app.command()(promote)
     app.command()(rollback)
     app.command()(prewarm)
+    app.command()(tag)
+    app.command()(untag)
+    app.command()(gc)
 
 
 @policies.command("ls")
 def list_policies(
     limit: LimitOption = 100,
     search: Annotated[str | None, typer.Option(help="Only names that contain this.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Another tenant's (admin keys).")] = None,
+    prefix: PrefixOption = None,
+    tag: TagOption = None,
+    owner: OwnerOption = None,
+    base: BaseOption = None,
+    task: TaskOption = None,
+    min_score: ScoreOption = None,
+    tenant: TenantOption = None,
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = "",
     data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
-    """The tenant's policies."""
+    """The tenant's policies by name; with a task, the best score first."""
+    wanted = {
+        "search": search, "prefix": prefix, "tag": tag, "owner": owner, "base": base, "task": task,
+        "min_score": min_score, "tenant": tenant,
+    }  # fmt: skip
     with connect(url, key, data) as remote:
-        items = remote.take("/catalog/v1/policies", limit, search=search, tenant=tenant)
+        items = remote.take("/catalog/v1/policies", limit, **wanted)
     show(items, as_json=as_json, columns=POLICY_COLUMNS)
 
 
@@ -78,6 +110,36 @@ def show_policy(
     """One policy with its aliases."""
     with connect(url, key, data) as remote:
         show(remote.get(policy_path(policy)), as_json=as_json)
+
+
+@policies.command("retention")
+def retention(
+    policy: PolicyArgument,
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Keep so many of its newest revisions.", min=1)
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Keep what the service's settings say.")
+    ] = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """What a policy keeps and what would be deleted now; with --keep or --clear, change it."""
+    if clear and keep is not None:
+        raise InvalidRequest("give --keep or --clear, not both")
+    path = f"{policy_path(policy)}/retention"
+    with connect(url, key, data) as remote:
+        changes = clear or keep is not None
+        plan = remote.send("PUT", path, json={"keep_revisions": keep}) if changes else None
+        plan = plan or remote.get(path)
+    if as_json:
+        show(plan, as_json=True)
+        return
+    kept = plan["keep_revisions"] or "all"
+    console.print(f"{policy} keeps {kept} revisions and {plan['keep_rollbacks']} rollbacks a name")
+    show(plan["surplus"], as_json=False, columns=REVISION_COLUMNS)
 
 
 @revisions.command("ls")
@@ -98,6 +160,31 @@ def list_revisions(
     show(items, as_json=as_json, columns=REVISION_COLUMNS)
 
 
+@revisions.command("find")
+def find_revisions(
+    limit: LimitOption = 100,
+    prefix: PrefixOption = None,
+    tag: TagOption = None,
+    owner: OwnerOption = None,
+    base: BaseOption = None,
+    task: TaskOption = None,
+    min_score: ScoreOption = None,
+    tenant: TenantOption = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Revisions of all the tenant's policies that all options want; with a task, best first."""
+    wanted = {
+        "prefix": prefix, "tag": tag, "owner": owner, "base": base, "task": task,
+        "min_score": min_score, "tenant": tenant,
+    }  # fmt: skip
+    with connect(url, key, data) as remote:
+        items = remote.take("/catalog/v1/revisions", limit, **wanted)
+    show(items, as_json=as_json, columns=("policy", *REVISION_COLUMNS))
+
+
 @revisions.command("show")
 def show_revision(
     revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY[@ALIAS|@sha256:…]")],
@@ -109,6 +196,25 @@ def show_revision(
     """One revision: digest, base, rank, parent, optimizer steps, evaluations."""
     with connect(url, key, data) as remote:
         show(remote.get(revision_path(revision)), as_json=as_json)
+
+
+@revisions.command("lineage")
+def show_lineage(
+    revision: ThingArgument,
+    descendants: Annotated[
+        bool, typer.Option("--descendants", help="What came of it, not what it came of.")
+    ] = False,
+    depth: Annotated[int, typer.Option(help="At most so many steps away.", min=1, max=1000)] = 100,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """A revision and its ancestors, or its descendants, nearest first."""
+    what = "descendants" if descendants else "lineage"
+    with connect(url, key, data) as remote:
+        items = remote.get(f"{revision_path(revision)}/{what}", depth=depth)["items"]
+    show(items, as_json=as_json, columns=("distance", *REVISION_COLUMNS))
 
 
 @aliases.command("ls")
@@ -237,6 +343,51 @@ def prewarm(
     else:
         for item in found:
             console.print(f"{item['model']} is {item['digest']}, in memory")
+
+
+def tag(
+    thing: ThingArgument,
+    word: Annotated[str, typer.Argument(metavar="TAG")],
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Tag a policy or a revision, to find it again with --tag."""
+    with connect(url, key, data) as remote:
+        remote.send("PUT", _tag_path(thing, word))
+
+
+def untag(
+    thing: ThingArgument,
+    word: Annotated[str, typer.Argument(metavar="TAG")],
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Take a tag from a policy or a revision."""
+    with connect(url, key, data) as remote:
+        remote.send("DELETE", _tag_path(thing, word))
+
+
+def gc(
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=1000)] = 100,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bytes that no record names, and when the server deletes them; changes nothing."""
+    with connect(url, key, data) as remote:
+        items = remote.get("/catalog/v1/garbage", limit=limit)["items"]
+    show(items, as_json=as_json, columns=("digest", "goes_at"))
+
+
+def _tag_path(thing: str, word: str) -> str:
+    """Of the revision when `thing` names one, else of the policy."""
+    if not NAME.fullmatch(word):
+        raise InvalidRequest(f"a tag matches {NAME.pattern}, got {word!r}")
+    place = revision_path(thing) if "@" in thing else policy_path(thing)
+    return f"{place}/tags/{word}"
 
 
 def policy_path(policy: str) -> str:

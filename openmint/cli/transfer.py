@@ -1,4 +1,4 @@
-"""`openmint import` and `openmint export`: PEFT folders in and out, merged models out."""
+"""`openmint import`, `import-all` and `export`: PEFT folders in and out, merged models out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from openmint.cli.archives import batches, peft_folders
 from openmint.cli.catalog_commands import policy_path, revision_path
-from openmint.cli.output import JsonFlag, console, progress, show
+from openmint.cli.output import JsonFlag, console, err_console, fail, progress, show
 from openmint.cli.remote import (
     DEFAULT_DATA,
     DEFAULT_URL,
@@ -30,6 +31,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 def register(app: typer.Typer) -> None:
     app.command("import")(import_adapter)
+    app.command("import-all")(import_all)
     app.command("export")(export_revision)
 
 
@@ -57,6 +59,52 @@ def import_adapter(
         path = f"{policy_path(policy)}/revisions"
         added = remote.send("POST", path, files=files, data={"base": base})
     show(added, as_json=as_json)
+
+
+def import_all(
+    source: Annotated[
+        Path, typer.Argument(exists=True, metavar="FOLDER_OR_TAR", help="Holds the adapters.")
+    ],
+    tenant: Annotated[
+        str | None, typer.Option("--tenant", help="Whose they become; else the key's tenant.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option("--base", help="Resident base that they were trained on.")
+    ] = EMBEDDED_BASE,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Add many PEFT adapters: folders POLICY, or POLICY/NAME for several of one policy.
+
+    Those that don't fit are listed and the others recorded; repeating it is safe.
+    """
+    done: list[dict[str, Any]] = []
+    params = {"base": base} | ({"tenant": tenant} if tenant else {})
+    with connect(url, key, data) as remote, progress(f"importing {source.name}") as bar:
+        for batch in batches(peft_folders(source)):
+            done += remote.send(
+                "POST",
+                "/catalog/v1/imports",
+                params=params,
+                content=batch,
+                headers={"Content-Type": "application/x-tar"},
+            )["items"]
+            bar.update(bar.task_ids[0], completed=len(done))
+    _show_imports(done, as_json=as_json)
+
+
+def _show_imports(done: list[dict[str, Any]], *, as_json: bool) -> None:
+    refused = [item for item in done if item["error"]]
+    if as_json:
+        show(done, as_json=True)
+    else:
+        console.print(f"{len(done) - len(refused)} of {len(done)} adapters are revisions now")
+        for item in refused:
+            err_console.print(f"{item['path']}: {item['error']}", markup=False)
+    if refused:
+        fail(f"{len(refused)} of {len(done)} adapters were refused")
 
 
 def export_revision(

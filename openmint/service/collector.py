@@ -15,8 +15,9 @@ from openmint.types import Digest
 class Collector:
     """Follows the catalogue, but never between the writing of bytes and of their record."""
 
-    def __init__(self, catalog: Catalog, store: BlobStore) -> None:
+    def __init__(self, catalog: Catalog, store: BlobStore, grace_seconds: float) -> None:
         self._catalog, self._store = catalog, store
+        self.grace_seconds = grace_seconds
         self._num_saving = 0
         self._deleted: frozenset[Digest] = frozenset()
         """What the last collection took, or takes now. Saves in progress began after it did."""
@@ -51,7 +52,7 @@ class Collector:
                 return
             # No await from here to the last deletion, so that no save begins in between. A store
             # that deletes over the network does so afterwards; what is saved meanwhile is spared.
-            unused = self._catalog.unused_blobs()
+            unused = self._catalog.unused_blobs(self.grace_seconds)
             self._deleted = frozenset(unused)
             for digest in unused:
                 self._store.delete(digest)

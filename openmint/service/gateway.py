@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import structlog
 
 from openmint.catalog.catalog import Catalog
-from openmint.catalog.records import Quota
+from openmint.catalog.records import Keep, Quota
 from openmint.config import ServiceConfig, Settings
 from openmint.errors import OpenMintError
 from openmint.service.adapters import Adapters
@@ -25,6 +25,7 @@ from openmint.service.meter import Meter
 from openmint.service.prewarming import Prewarming
 from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
+from openmint.service.retention import Retention
 from openmint.service.sampling import Sampling
 from openmint.service.sessions import Sessions
 from openmint.service.snapshots import Snapshots
@@ -63,6 +64,7 @@ class Gateway:
     probes: Probes
     limits: Limits
     meter: Meter
+    retention: Retention
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -90,6 +92,7 @@ class Gateway:
         await self.meter.flush()
         await self.sessions.keep_time(now)
         await self.checkpoints.expire()
+        await self.retention.apply()
         await self.collector.collect()
 
     async def _sweep_forever(self) -> None:
@@ -128,7 +131,7 @@ def build_gateway(
     training = Training(catalog, workers, futures, sessions, limits, meter, service.seq_gap_seconds)
     limits.count_resident_by(lambda t: (training.num_runs(t), workers.sampled_revisions(t)))
     sampling = Sampling(catalog, workers, futures, sessions, limits)
-    collector = Collector(catalog, store)
+    collector = Collector(catalog, store, service.grace_seconds)
     probes = Probes(catalog, workers, service.drift_alarm)
     checkpoints = Checkpoints(
         catalog, store, workers, sessions, training, sampling, collector, probes, limits, meter
@@ -158,4 +161,5 @@ def build_gateway(
         probes,
         limits,
         meter,
+        Retention(catalog, Keep(service.keep_revisions, service.keep_rollbacks)),
     )

@@ -1,4 +1,4 @@
-"""Which revision an alias names: promotion and rollback, one transaction each.
+"""Which revision an alias names: promotion and rollback, one transaction each. Tags, too.
 
 The change holds for every request admitted after it returns; a request in flight keeps the revision
 that it was admitted with. Lives on the event loop; writes run in threads.
@@ -93,6 +93,28 @@ class Promotion:
     ) -> None:
         """Mark the revision deleted. Raises NotFound, Conflict while an alias names it."""
         await asyncio.to_thread(self.catalog.delete_revision, tenant, policy, digest, actor=actor)
+
+    async def set_tag(
+        self, tenant: Tenant, policy: str, reference: str | None, tag: str, *, actor: str
+    ) -> None:
+        """Tag the policy, or the revision that `reference` names; durable on return.
+
+        Raises NotFound, InvalidRequest for a malformed tag or reference, or too many tags.
+        """
+        if not NAME.fullmatch(tag):
+            raise InvalidRequest(f"a tag matches {NAME.pattern}, got {tag[:200]!r}")
+        digest = self._digest(tenant, policy, reference)
+        await asyncio.to_thread(self.catalog.set_tag, tenant, policy, digest, tag, actor=actor)
+
+    async def unset_tag(
+        self, tenant: Tenant, policy: str, reference: str | None, tag: str, *, actor: str
+    ) -> None:
+        """Take a tag away; fine when it is not there. Raises as `set_tag`."""
+        digest = self._digest(tenant, policy, reference)
+        await asyncio.to_thread(self.catalog.unset_tag, tenant, policy, digest, tag, actor=actor)
+
+    def _digest(self, tenant: Tenant, policy: str, reference: str | None) -> Digest | None:
+        return None if reference is None else self.revision(tenant, policy, reference).digest
 
     def revision(self, tenant: Tenant, policy: str, reference: str) -> Revision:
         """The policy's revision by digest, the start of one, alias, or `default`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -15,9 +15,12 @@ from openmint.catalog.records import (
     AliasEvent,
     ApiKey,
     AuditEvent,
+    DoomedBlob,
     Evaluation,
+    ImportOutcome,
     Policy,
     Quota,
+    RetentionPlan,
     Revision,
     Role,
     TaskRecord,
@@ -104,6 +107,8 @@ def encode_policy(policy: Policy) -> Json:
         "base_digest": policy.base_digest,
         "user_metadata": dict(policy.user_metadata),
         "created_at": _time(policy.created_at),
+        "owner": policy.owner,
+        "keep_revisions": policy.keep_revisions,
     }
 
 
@@ -126,7 +131,38 @@ def encode_revision(revision: Revision) -> Json:
         "deleted_at": _time(revision.deleted_at),
         "drift": revision.drift,
         "base_difference": revision.base_difference,
+        "owner": revision.owner,
     }
+
+
+class SetRetention(Body):
+    """How many of its newest revisions a policy keeps; null is what the service's settings say."""
+
+    keep_revisions: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+
+
+def encode_plan(plan: RetentionPlan) -> Json:
+    return {
+        "policy": f"{plan.policy.tenant}/{plan.policy.name}",
+        "own": plan.policy.keep_revisions,
+        "keep_revisions": plan.keep_revisions,
+        "keep_rollbacks": plan.keep.rollbacks,
+        "surplus": [encode_revision(revision) for revision in plan.surplus],
+    }
+
+
+def encode_doomed(blob: DoomedBlob, grace_seconds: float) -> Json:
+    goes_at = blob.doomed_at and blob.doomed_at + timedelta(seconds=grace_seconds)
+    return {"digest": blob.digest, "goes_at": _time(goes_at)}
+
+
+def encode_relative(distance: int, revision: Revision) -> Json:
+    """A revision of a lineage, and how many steps away it is."""
+    return {**encode_revision(revision), "distance": distance}
+
+
+def encode_import(tenant: str, outcome: ImportOutcome) -> Json:
+    return {**asdict(outcome), "policy": f"{tenant}/{outcome.policy}"}
 
 
 Most = Annotated[int, Field(ge=1, lt=1 << 62)]

@@ -16,7 +16,7 @@ from openmint.catalog.rows import SHAPES, SPEC_FIELDS
 from openmint.errors import InvalidRequest, StoreFailed
 from tests.catalog.made import ANN, RUN, add_run, blob
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 
 
 def differences(connection: Any) -> list[Any]:
@@ -103,6 +103,7 @@ def test_a_read_is_one_view(catalog: Catalog) -> None:
     [
         "UPDATE revision SET size_bytes = 1",
         "UPDATE revision SET ephemeral = TRUE",
+        "UPDATE revision SET owner = 'x'",
         "DELETE FROM revision",
         "UPDATE alias_event SET reason = 'x'",
         "DELETE FROM alias_event",

@@ -1,6 +1,8 @@
 import pytest
 
 from openmint.catalog.catalog import Catalog
+from openmint.catalog.records import Filters
+from openmint.catalog.search import EVERYTHING
 from openmint.errors import Conflict, InvalidRequest, NotFound
 from openmint.types import LoraSpec, RunId
 from tests.catalog.made import ANN, BASE, BOB, RUN, SESSION, SPEC, add_run, base_named
@@ -34,10 +36,10 @@ def test_policies_are_paged_and_searched_by_name(catalog: Catalog) -> None:
             break
     assert seen == names
 
-    def found(**filters: str) -> list[str]:
-        return [policy.name for policy in catalog.policies(ANN, **filters).items]  # type: ignore[arg-type]
+    def found(filters: Filters = EVERYTHING, search: str | None = None) -> list[str]:
+        return [policy.name for policy in catalog.policies(ANN, filters, search=search).items]
 
-    assert found(prefix="a-") == ["a-1", "a-2"]
+    assert found(Filters(prefix="a-")) == ["a-1", "a-2"]
     assert found(search="-1") == ["a-1", "b-1"]
     assert found(search="_") == ["a_1"]
     assert catalog.policies(ANN, limit=5).next_cursor is None

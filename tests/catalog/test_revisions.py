@@ -16,6 +16,45 @@ def test_revisions_are_numbered_and_know_their_parent(catalog: Catalog) -> None:
     assert catalog.run(ANN, run_id).num_optim_steps == 3
 
 
+def test_descendants_are_found_level_by_level(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+
+    def add(word: int, parent: int | None = None) -> Digest:
+        above = None if parent is None else digest_of(parent)
+        made = catalog.add_run_revision(
+            ANN, run_id, blob(word), ephemeral=False, parent_digest=above
+        )
+        return made.digest
+
+    for word, parent in ((1, None), (2, 1), (3, 1), (4, 2), (5, 4)):
+        add(word, parent)
+
+    def below(word: int, depth: int = 100) -> list[tuple[int, Digest]]:
+        found = catalog.descendants(ANN, "math", digest_of(word), depth=depth)
+        return [(distance, revision.digest) for distance, revision in found]
+
+    at = [(1, digest_of(2)), (1, digest_of(3)), (2, digest_of(4)), (3, digest_of(5))]
+    assert below(1) == at
+    assert below(1, depth=2) == at[:3]
+    assert below(5) == []
+    catalog.delete_revision(ANN, "math", digest_of(2), actor="ann")
+    assert below(1) == at
+    up = catalog.lineage(ANN, "math", digest_of(5), depth=2)
+    assert [revision.digest for revision in up] == [digest_of(word) for word in (5, 4, 2)]
+    with pytest.raises(NotFound):
+        catalog.descendants(BOB, "math", digest_of(1))
+
+
+def test_a_loop_of_parents_ends(catalog: Catalog) -> None:
+    run_id = add_run(catalog)
+    for word, parent in ((1, 2), (2, 1)):
+        catalog.add_run_revision(
+            ANN, run_id, blob(word), ephemeral=False, parent_digest=digest_of(parent)
+        )
+    assert [d for d, _ in catalog.descendants(ANN, "math", digest_of(1))] == [1]
+    assert len(catalog.lineage(ANN, "math", digest_of(1))) == 2
+
+
 def test_the_same_bytes_are_the_same_revision(catalog: Catalog) -> None:
     run_id = add_run(catalog)
     first = catalog.add_run_revision(ANN, run_id, blob(1), ephemeral=False)

@@ -7,14 +7,14 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from openmint.api.auth import App, Caller
 from openmint.api.bodies import read, takes
-from openmint.catalog.records import Alias, Evaluation, Principal, Revision, Role
+from openmint.catalog.records import Alias, Evaluation, Filters, Principal, Revision, Role
 from openmint.errors import InvalidRequest, NotFound, UnsupportedFormat
 from openmint.service.adapters import parse_config
 from openmint.service.evaluations import EvaluationRequest, interval_95
@@ -31,45 +31,86 @@ READERS: tuple[Role, ...] = ("read", "serve", "train")
 MAX_CONFIG_BYTES = 1 << 20
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
+Depth = Annotated[int, Query(ge=1, le=1000)]
 Cursor = Annotated[str | None, Query(max_length=512)]
 RowId = Annotated[int, Path(ge=1, lt=1 << 62)]
+Word = Annotated[str | None, Query(max_length=128)]
 IfMatch = Annotated[str | None, Header()]
 
 POLICY = "/policies/{tenant}/{name}"
 REVISION = POLICY + "/revisions/{reference}"
 ALIAS = POLICY + "/aliases/{alias}"
+TAG = "/tags/{tag}"
 
 
 # -- policies and revisions -----------------------------------------------------------------------
+
+
+def wanted(
+    prefix: Word = None,
+    tag: Word = None,
+    owner: Word = None,
+    base: Annotated[str | None, Query(max_length=512)] = None,
+    task: Word = None,
+    min_score: Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)] = None,
+) -> Filters:
+    """What the parameters of a search ask for. Raises InvalidRequest."""
+    return Filters(prefix, tag, owner, base, task, min_score)
+
+
+Wanted = Annotated[Filters, Depends(wanted)]
 
 
 @router.get("/policies")
 async def list_policies(
     caller: Caller,
     gateway: App,
+    wanted: Wanted,
     tenant: str | None = None,
-    search: Annotated[str | None, Query(max_length=128)] = None,
+    search: Word = None,
     cursor: Cursor = None,
     limit: Limit = 100,
 ) -> wire.Json:
-    """A tenant's policies by name; `search` matches any part of a name."""
+    """A tenant's policies by name, with `task` by score; those that all filters want. `search`
+    matches any part of a name."""
     caller.require(*READERS)
     owner = owned(caller, tenant or caller.tenant)
     page = await asyncio.to_thread(
-        gateway.catalog.policies, owner, limit=limit, cursor=cursor, search=search
+        gateway.catalog.policies, owner, wanted, limit=limit, cursor=cursor, search=search
     )
     items = [wire.encode_policy(policy) for policy in page.items]
     return {"items": items, "next_cursor": page.next_cursor}
 
 
+@router.get("/revisions")
+async def find_revisions(
+    caller: Caller,
+    gateway: App,
+    wanted: Wanted,
+    tenant: str | None = None,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+) -> wire.Json:
+    """A tenant's revisions of all policies that all filters want: by name and number, with `task`
+    the best score first."""
+    caller.require(*READERS)
+    owner = owned(caller, tenant or caller.tenant)
+    page = await asyncio.to_thread(
+        gateway.catalog.find_revisions, owner, wanted, limit=limit, cursor=cursor
+    )
+    items = [wire.encode_revision(revision) for revision in page.items]
+    return {"items": items, "next_cursor": page.next_cursor}
+
+
 @router.get(POLICY)
 async def get_policy(tenant: str, name: str, caller: Caller, gateway: App) -> wire.Json:
-    """A policy with its aliases."""
+    """A policy with its tags and aliases."""
     caller.require(*READERS)
     owner = owned(caller, tenant)
     policy = gateway.catalog.policy(owner, name)
-    aliases = gateway.catalog.aliases(owner, name)
-    return {**wire.encode_policy(policy), "aliases": [wire.encode_alias(a) for a in aliases]}
+    aliases = [wire.encode_alias(alias) for alias in gateway.catalog.aliases(owner, name)]
+    tags = gateway.catalog.tags(owner, name)
+    return {**wire.encode_policy(policy), "tags": tags, "aliases": aliases}
 
 
 @router.get(POLICY + "/revisions")
@@ -98,8 +139,8 @@ async def list_revisions(
 async def get_revision(
     tenant: str, name: str, reference: str, caller: Caller, gateway: App
 ) -> wire.Json:
-    """A revision by digest, the start of one, alias or `default`, with its evaluations and the
-    tiers of memory that it is in."""
+    """A revision by digest, the start of one, alias or `default`, with its tags, its evaluations
+    and the tiers of memory that it is in."""
     caller.require(*READERS)
     revision = _revision(gateway, caller, tenant, name, reference)
     evaluations = gateway.catalog.evaluations(
@@ -107,18 +148,40 @@ async def get_revision(
     )
     shown = [_evaluation(evaluation) for evaluation in evaluations]
     tiers = ["store", *gateway.workers.tiers_of(revision.base_digest, revision.digest)]
-    return {**wire.encode_revision(revision), "tiers": tiers, "evaluations": shown}
+    tags = gateway.catalog.tags(revision.tenant, name, revision.digest)
+    return {
+        **wire.encode_revision(revision),
+        "tags": tags,
+        "tiers": tiers,
+        "evaluations": shown,
+    }
 
 
 @router.get(REVISION + "/lineage")
 async def get_lineage(
-    tenant: str, name: str, reference: str, caller: Caller, gateway: App
+    tenant: str, name: str, reference: str, caller: Caller, gateway: App, depth: Depth = 100
 ) -> wire.Json:
-    """The revision and its ancestors, nearest first."""
+    """The revision and its ancestors, nearest first, at most `depth` steps away."""
     caller.require(*READERS)
     revision = _revision(gateway, caller, tenant, name, reference)
-    lineage = gateway.catalog.lineage(revision.tenant, name, revision.digest)
-    return {"items": [wire.encode_revision(ancestor) for ancestor in lineage]}
+    lineage = await asyncio.to_thread(
+        gateway.catalog.lineage, revision.tenant, name, revision.digest, depth=depth
+    )
+    return {"items": [wire.encode_relative(n, each) for n, each in enumerate(lineage)]}
+
+
+@router.get(REVISION + "/descendants")
+async def get_descendants(
+    tenant: str, name: str, reference: str, caller: Caller, gateway: App, depth: Depth = 100
+) -> wire.Json:
+    """What descends from the revision, nearest first, at most `depth` steps away and at most 1000
+    revisions."""
+    caller.require(*READERS)
+    revision = _revision(gateway, caller, tenant, name, reference)
+    found = await asyncio.to_thread(
+        gateway.catalog.descendants, revision.tenant, name, revision.digest, depth=depth
+    )
+    return {"items": [wire.encode_relative(distance, each) for distance, each in found]}
 
 
 @router.delete(REVISION)
@@ -168,6 +231,105 @@ async def import_revision(
         owner, name, base, config, weights, actor=caller.key_id
     )
     return wire.encode_revision(revision)
+
+
+# -- tags -----------------------------------------------------------------------------------------
+
+
+@router.put(POLICY + TAG, status_code=204)
+async def tag_policy(tenant: str, name: str, tag: str, caller: Caller, gateway: App) -> Response:
+    """Tag a policy; a tag that it has changes nothing."""
+    caller.require("train")
+    owner = owned(caller, tenant)
+    await gateway.promotion.set_tag(owner, name, None, tag, actor=caller.key_id)
+    return Response(status_code=204)
+
+
+@router.delete(POLICY + TAG)
+async def untag_policy(tenant: str, name: str, tag: str, caller: Caller, gateway: App) -> Response:
+    """Take a tag from a policy; fine when it doesn't have it."""
+    caller.require("train")
+    owner = owned(caller, tenant)
+    await gateway.promotion.unset_tag(owner, name, None, tag, actor=caller.key_id)
+    return Response(status_code=204)
+
+
+@router.put(REVISION + TAG, status_code=204)
+async def tag_revision(
+    tenant: str, name: str, reference: str, tag: str, caller: Caller, gateway: App
+) -> Response:
+    """Tag the revision that a digest or an alias names now."""
+    caller.require("train")
+    owner = owned(caller, tenant)
+    await gateway.promotion.set_tag(owner, name, reference, tag, actor=caller.key_id)
+    return Response(status_code=204)
+
+
+@router.delete(REVISION + TAG)
+async def untag_revision(
+    tenant: str, name: str, reference: str, tag: str, caller: Caller, gateway: App
+) -> Response:
+    """Take a tag from the revision that a digest or an alias names now."""
+    caller.require("train")
+    owner = owned(caller, tenant)
+    await gateway.promotion.unset_tag(owner, name, reference, tag, actor=caller.key_id)
+    return Response(status_code=204)
+
+
+# -- retention ------------------------------------------------------------------------------------
+
+
+@router.get(POLICY + "/retention")
+async def get_retention(tenant: str, name: str, caller: Caller, gateway: App) -> wire.Json:
+    """How many revisions a policy keeps, and which would be deleted now."""
+    caller.require(*READERS)
+    owner = owned(caller, tenant)
+    return wire.encode_plan(await asyncio.to_thread(gateway.retention.plan, owner, name))
+
+
+@router.put(POLICY + "/retention", openapi_extra=takes(wire.SetRetention))
+async def set_retention(
+    tenant: str, name: str, request: Request, caller: Caller, gateway: App
+) -> wire.Json:
+    """Have a policy keep so many of its newest revisions; the others go within a while."""
+    caller.require("train")
+    owner = owned(caller, tenant)
+    body = await read(request, wire.SetRetention)
+    plan = await gateway.retention.set(owner, name, body.keep_revisions, actor=caller.key_id)
+    return wire.encode_plan(plan)
+
+
+@router.get("/garbage")
+async def list_garbage(caller: Caller, gateway: App, limit: Limit = 100) -> wire.Json:
+    """Bytes that no record names, and when they go; null is at once, unless somebody samples."""
+    caller.require()
+    doomed = await asyncio.to_thread(gateway.catalog.doomed_blobs, limit)
+    grace_seconds = gateway.collector.grace_seconds
+    items = [wire.encode_doomed(blob, grace_seconds) for blob in doomed]
+    return {"items": items, "grace_seconds": grace_seconds}
+
+
+# -- many at once ---------------------------------------------------------------------------------
+
+
+@router.post("/imports", status_code=201)
+async def import_archive(
+    request: Request,
+    caller: Caller,
+    gateway: App,
+    tenant: str | None = None,
+    base: Annotated[str | None, Query(max_length=512)] = None,
+) -> wire.Json:
+    """Import a tar of PEFT folders `POLICY/` or `POLICY/NAME/`, at most 1000: what fits becomes
+    revisions, in one transaction; each refusal is in the answer."""
+    caller.require("train")
+    owner = owned(caller, tenant or caller.tenant)
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-tar":
+        raise UnsupportedFormat("send a plain tar as application/x-tar")
+    outcomes = await gateway.adapters.import_archive(
+        owner, base, await request.body(), actor=caller.key_id
+    )
+    return {"items": [wire.encode_import(owner, outcome) for outcome in outcomes]}
 
 
 # -- aliases --------------------------------------------------------------------------------------

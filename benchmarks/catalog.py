@@ -1,0 +1,374 @@
+"""What does a policy cost, and does it cost more beside a million others?
+
+Distinct revisions with real bytes, imported in batches, on SQLite and on PostgreSQL:
+`python -m benchmarks catalog [--largest 1000000]`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import psycopg
+
+from benchmarks.arms.protocol import versions
+from benchmarks.house import Line, Report, Spread, Unavailable, number, table, verdict
+from benchmarks.processes import Stage
+from openmint.catalog.catalog import Catalog
+from openmint.catalog.records import Filters
+from openmint.service.adapters import admit_all
+from openmint.service.archives import PeftFolder
+from openmint.store.folder_store import FolderStore
+from openmint.store.peft_file import peft_tensors
+from openmint.store.safetensors_header import encode_safetensors
+from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule, Tenant
+from tests.postgres import find_binaries, running_postgres
+
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+NUM_TENANTS, BATCH = 10, 500
+BUSY, BUSY_SHARE = "busy", 10
+"""Every tenth revision of a tenant belongs to one policy; the others have one each."""
+WIDTH = 1024
+SPEC = LoraSpec(1, 2.0, train_mlp=False, train_unembed=False)
+TARGETS = tuple(
+    TargetModule(f"model.layers.0.self_attn.{name}_proj", "attn", WIDTH, WIDTH) for name in "qkvo"
+)
+BASE = BaseInfo(
+    "bench", Digest("sha256:" + "0" * 64), "llama", "", "bfloat16", "cpu", 10, 20, (), 30, 40, 50,
+    TARGETS,
+)  # fmt: skip
+CONFIG = b'{"peft_type": "LORA", "r": 1, "lora_alpha": 2}'
+SMALL_BITS = 0x3C00
+"""Of bfloat16 values from 0.0078 on."""
+NUM_RESOLVED, NUM_PAGES, NUM_PROMOTED = 2_000, 200, 100
+PAGE = 100
+MOST_RATIO = 1.2
+MEASURED = (
+    "Rank-1 PEFT adapters of 16 KB, all distinct, of one base; ten tenants. Nine of ten revisions "
+    "have a policy of their own, the tenth is one of their tenant's busy policy. An import is what "
+    f"`openmint import-all` has the gateway do, {BATCH} adapters at a time (100 for the smallest "
+    "size): admission, one `put_many` with one sync, one transaction; making the adapters is not "
+    "in it. Each size has a catalogue and a store of its own. Reads are the catalogue's own calls, "
+    f"in turns over the sizes: {NUM_RESOLVED} addresses `tenant/policy` at random, {NUM_PAGES} "
+    f"pages of {PAGE} from a random place. `Open` is a new process's: the catalogue and the store, "
+    "then one address and its bytes; memory is what that process grew by, after as many addresses. "
+    "Figures are medians of the repeats."
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    """Seconds that an import of all took, by part."""
+
+    admission: float
+    store: float
+    catalogue: float
+
+    @property
+    def whole(self) -> float:
+        return self.admission + self.store + self.catalogue
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a new process found."""
+
+    open_ms: float
+    first_ms: float
+    grown_mib: float
+
+
+@dataclass(frozen=True)
+class Reads:
+    """One turn of one size."""
+
+    resolve_p50_us: float
+    resolve_p99_us: float
+    policies_ms: float
+    revisions_ms: float
+    prefix_ms: float
+    bytes_us: float
+    promotions_per_second: float
+
+
+@dataclass
+class House:
+    """A catalogue and its store, filled to a size."""
+
+    size: int
+    url: str
+    folder: Path
+    imported: Import
+    database_mib: float
+    opened: list[Opened] = field(default_factory=list)
+    reads: list[Reads] = field(default_factory=list)
+
+
+def tenant_of(index: int) -> Tenant:
+    return Tenant(f"tenant-{index % NUM_TENANTS}")
+
+
+def policy_of(index: int) -> str:
+    nth = index // NUM_TENANTS
+    return BUSY if nth % BUSY_SHARE == 0 else f"policy-{nth:07d}"
+
+
+def adapter(index: int, size: int) -> PeftFolder:
+    """The PEFT folder of one of a size's adapters; no two are equal, of no two sizes either."""
+    drawn = np.random.default_rng((size, index))
+    tensors = {}
+    for name, shape in peft_tensors(BASE, SPEC).items():
+        bits = drawn.integers(SMALL_BITS, SMALL_BITS + 256, shape, np.uint16)
+        tensors[name] = ("BF16", shape, bits.tobytes())
+    weights = encode_safetensors(tensors, {"format": "pt"})
+    return PeftFolder(f"{policy_of(index)}/{index}", policy_of(index), CONFIG, weights)
+
+
+def batches(size: int) -> Iterator[tuple[Tenant, list[int]]]:
+    """The indices of each import; those of one are of one tenant."""
+    most = min(BATCH, size // NUM_TENANTS)
+    for start in range(0, size // NUM_TENANTS, most):
+        for tenant in range(NUM_TENANTS):
+            indices = [tenant + NUM_TENANTS * nth for nth in range(start, start + most)]
+            yield tenant_of(tenant), [index for index in indices if index < size]
+
+
+def fill(catalog: Catalog, store: FolderStore, size: int) -> Import:
+    """Import as many adapters as `openmint/service/adapters.py` would."""
+    seconds = [0.0, 0.0, 0.0]
+    for tenant, indices in batches(size):
+        folders = [adapter(index, size) for index in indices]
+        times = [time.monotonic()]
+        taken = catalog.policies_of_other_bases(tenant, {f.policy for f in folders}, BASE)
+        admitted, refused = admit_all(folders, BASE, taken)
+        assert not refused, refused[0]
+        times.append(time.monotonic())
+        store.put_many(data for _, data, _ in admitted)
+        times.append(time.monotonic())
+        imports = [(folder.policy, blob) for folder, _, blob in admitted]
+        catalog.import_revisions(tenant, BASE, imports, actor="benchmark")
+        times.append(time.monotonic())
+        seconds = [s + b - a for s, a, b in zip(seconds, times, times[1:], strict=False)]
+    return Import(*seconds)
+
+
+def open_again(url: str, folder: Path, size: int) -> Opened:
+    """Open what is there, in a process that has done nothing else."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    started_at = time.monotonic()
+    catalog, store = Catalog.open(url), FolderStore(folder)
+    opened_at = time.monotonic()
+    resolved = catalog.resolve(tenant_of(1), address(size // 2 + 1))
+    assert store.get(resolved.revision.digest)
+    first_at = time.monotonic()
+    for index in np.random.default_rng(size).integers(0, size, NUM_RESOLVED):
+        catalog.resolve(tenant_of(index), address(index))
+    grown = process.memory_info().rss - before
+    catalog.close()
+    return Opened(1e3 * (opened_at - started_at), 1e3 * (first_at - opened_at), grown / 2**20)
+
+
+def address(index: int) -> str:
+    return f"{tenant_of(index)}/{policy_of(index)}"
+
+
+def in_new_process(house: House) -> Opened:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(open_again, house.url, house.folder, house.size).result()
+
+
+def read(catalog: Catalog, store: FolderStore, size: int, seed: int) -> Reads:
+    """One turn; the seed says which records are asked for."""
+    drawn = np.random.default_rng((seed, size))
+    at_random = [int(index) for index in drawn.integers(0, size, NUM_RESOLVED)]
+    some = at_random[:NUM_PAGES]
+    digests: list[Digest] = []
+
+    def resolve(index: int) -> None:
+        digests.append(catalog.resolve(tenant_of(index), address(index)).revision.digest)
+
+    def policies(index: int) -> None:
+        catalog.policies(tenant_of(index), limit=PAGE, cursor=f"{policy_of(index)}/0")
+
+    def revisions(index: int) -> None:
+        newest = size // NUM_TENANTS // BUSY_SHARE
+        before = 2 + index % newest
+        assert catalog.revisions(tenant_of(index), BUSY, limit=PAGE, before=before)
+
+    def prefix(index: int) -> None:
+        start = f"policy-{index // NUM_TENANTS:07d}"[:-1]
+        assert catalog.policies(tenant_of(index), Filters(prefix=start), limit=PAGE).items
+
+    resolved = [1e6 * seconds for seconds in timed(resolve, at_random)]
+    return Reads(
+        statistics.median(resolved),
+        float(np.percentile(resolved, 99)),
+        1e3 * statistics.median(timed(policies, some)),
+        1e3 * statistics.median(timed(revisions, some)),
+        1e3 * statistics.median(timed(prefix, some)),
+        1e6 * statistics.median(timed(lambda index: store.get(digests[index]), range(NUM_PAGES))),
+        promotions(catalog, at_random[:NUM_PROMOTED], seed),
+    )
+
+
+def timed(call: Callable[[int], object], indices: Sequence[int]) -> list[float]:
+    """Seconds of each call."""
+    found = []
+    for index in indices:
+        started_at = time.perf_counter()
+        call(index)
+        found.append(time.perf_counter() - started_at)
+    return found
+
+
+def promotions(catalog: Catalog, indices: Sequence[int], lap: int) -> float:
+    """How many a second one caller makes, each of an alias that is new."""
+    found = [catalog.resolve(tenant_of(index), address(index)).revision for index in indices]
+    started_at = time.monotonic()
+    for nth, revision in enumerate(found):
+        tenant, policy, alias = revision.tenant, revision.policy_name, f"lap-{lap}-{nth}"
+        catalog.promote(tenant, policy, alias, revision.digest, actor="benchmark")
+    return len(found) / (time.monotonic() - started_at)
+
+
+def answer(new_url: Callable[[int], str], sizes: Sequence[int], repeats: int) -> list[House]:
+    """Fill each size, then read from all of them in turns."""
+    with tempfile.TemporaryDirectory(prefix="openmint-catalogue-") as root:
+        houses = [build(new_url(size), Path(root) / str(size), size) for size in sizes]
+        for house in houses:
+            house.opened = [in_new_process(house) for _ in range(repeats)]
+        open_ones = [(each, Catalog.open(each.url), FolderStore(each.folder)) for each in houses]
+        for lap in range(-1, repeats):
+            for house, catalog, store in open_ones:
+                reads = read(catalog, store, house.size, lap + 1)
+                if lap >= 0:
+                    house.reads.append(reads)
+        for house, catalog, _ in open_ones:
+            catalog.close()
+            print(f"  {house.size}: {house.reads[-1]}", flush=True)
+        return houses
+
+
+def build(url: str, folder: Path, size: int) -> House:
+    catalog, store = Catalog.open(url), FolderStore(folder)
+    imported = fill(catalog, store, size)
+    catalog.close()
+    house = House(size, url, folder, imported, database_bytes(url) / 2**20)
+    print(f"  {size}: imported, {size / imported.whole:.0f} a second", flush=True)
+    return house
+
+
+def database_bytes(url: str) -> int:
+    if url.startswith("sqlite:///"):
+        path = Path(url.removeprefix("sqlite:///"))
+        return sum(each.stat().st_size for each in path.parent.glob(f"{path.name}*"))
+    with psycopg.connect(url) as connection:
+        row = connection.execute("SELECT pg_database_size(current_database())").fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+@contextmanager
+def urls_of(kind: str) -> Iterator[Callable[[int], str]]:
+    """Gives the URL of an empty database for each size. Raises Unavailable."""
+    if kind == "SQLite":
+        with tempfile.TemporaryDirectory(prefix="openmint-sqlite-") as folder:
+            yield lambda size: f"sqlite:///{folder}/{size}.db"
+        return
+    binaries = find_binaries()
+    if binaries is None:
+        raise Unavailable("PostgreSQL's programs are not installed")
+    with running_postgres(binaries) as server, ExitStack() as databases:
+        yield lambda size: databases.enter_context(server.new_database())
+
+
+def ask(stage: Stage, repeats: int) -> Report:
+    """Of the stage the largest size alone is needed."""
+    sizes = [size for size in SIZES if size <= stage.largest]
+    found: dict[str, list[House]] = {}
+    limits = [
+        "Reads come from memory: nothing drops the page cache between import and reading.",
+        "PostgreSQL runs on the same machine, over a socket, with its default settings.",
+    ]
+    for kind in ("SQLite", "PostgreSQL"):
+        print(f"  {kind}", flush=True)
+        try:
+            with urls_of(kind) as new_url:
+                found[kind] = answer(new_url, sizes, repeats)
+        except Unavailable as error:
+            limits.append(f"{kind} was not measured: {error}.")
+    return Report(
+        question="catalog",
+        title=f"What {sizes[-1]:,} revisions cost the catalogue",
+        measured=MEASURED,
+        tables=[f"## {kind}\n\n{houses_table(houses)}" for kind, houses in found.items()],
+        lines=[line for kind, houses in found.items() for line in lines_of(kind, houses)],
+        limits=limits,
+        data={kind: [data_of(house) for house in houses] for kind, houses in found.items()},
+        versions={"catalogue": versions(("sqlalchemy", "psycopg", "numpy"))},
+    )
+
+
+def lines_of(kind: str, houses: Sequence[House]) -> list[Line]:
+    """Largest against smallest, turn by turn."""
+    first, last = houses[0], houses[-1]
+    lines = []
+    for name in ("resolve_p50_us", "resolve_p99_us"):
+        pairs = zip(last.reads, first.reads, strict=True)
+        ratio = Spread.of([getattr(large, name) / getattr(small, name) for large, small in pairs])
+        what = name.split("_")[1]
+        lines.append(
+            Line(
+                f"{kind}: resolve {what} at {last.size:,} / at {first.size:,}",
+                f"≤ {MOST_RATIO:g}",
+                ratio.show("x"),
+                verdict(ratio.median, at_most=MOST_RATIO),
+            )
+        )
+    return lines
+
+
+def houses_table(houses: Sequence[House]) -> str:
+    head = [
+        "revisions", "imported/s", "of it admission, store, catalogue, ms each", "database, MiB",
+        "open, ms", "first answer, ms", "memory, MiB", "resolve p50, µs", "p99, µs",
+        "page of policies, ms", "of revisions, ms", "by prefix, ms", "bytes, µs", "promotions/s",
+    ]  # fmt: skip
+    return table([head, *([f"{house.size:,}", *_cells(house)] for house in houses)])
+
+
+def _cells(house: House) -> list[str]:
+    spent = house.imported
+    parts = [1e3 * s / house.size for s in (spent.admission, spent.store, spent.catalogue)]
+    return [
+        number(house.size / spent.whole),
+        ", ".join(number(part) for part in parts),
+        number(house.database_mib),
+        *(number(statistics.median(v)) for v in _columns(house.opened)),
+        *(number(statistics.median(v)) for v in _columns(house.reads)),
+    ]
+
+
+def _columns(rows: Sequence[Opened] | Sequence[Reads]) -> list[list[float]]:
+    return [list(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)]
+
+
+def data_of(house: House) -> dict[str, object]:
+    return {
+        "size": house.size,
+        "imported": asdict(house.imported),
+        "database_mib": house.database_mib,
+        "opened": [asdict(each) for each in house.opened],
+        "reads": [asdict(each) for each in house.reads],
+    }

@@ -1,0 +1,40 @@
+"""The catalogue's question, small: everything that is asked for is found, on both databases."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import catalog
+from benchmarks.processes import Stage
+
+
+def test_every_figure_is_there_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SIZES": (100, 200, 10**9), "NUM_RESOLVED": 20, "NUM_PAGES": 5}.items():
+        monkeypatch.setattr(catalog, name, value)
+    monkeypatch.setattr(catalog, "NUM_PROMOTED", 5)
+    report = catalog.ask(Stage(largest=200), 2)
+    assert [line.work for line in report.lines] == [
+        f"{kind}: resolve {what} at 200 / at 100"
+        for kind in ("SQLite", "PostgreSQL")
+        for what in ("p50", "p99")
+    ]
+    assert {line.verdict for line in report.lines} <= {"met", "missed"}
+    for houses in report.data.values():
+        assert [house["size"] for house in houses] == [100, 200]
+        for house in houses:
+            figures = [house["imported"], *house["opened"], *house["reads"]]
+            assert all(
+                value > 0 for each in figures for name, value in each.items() if "mib" not in name
+            )
+            assert len(house["opened"]) == len(house["reads"]) == 2
+
+
+def test_no_two_adapters_are_equal() -> None:
+    made = [catalog.adapter(index, size) for size in (100, 200) for index in range(100)]
+    assert len({each.weights for each in made}) == 200
+
+
+def test_every_adapter_is_imported_once_under_its_tenant() -> None:
+    seen = [(tenant, index) for tenant, indices in catalog.batches(1000) for index in indices]
+    assert sorted(index for _, index in seen) == list(range(1000))
+    assert all(catalog.tenant_of(index) == tenant for tenant, index in seen)
