@@ -6,19 +6,23 @@ below, so that rolling back twice does not return to what was rolled back first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from sqlalchemy import Connection, select, update
 
 from openmint.catalog import tables as t
-from openmint.catalog.address import PolicyAddress
+from openmint.catalog.address import LATEST, PolicyAddress
 from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
+from openmint.catalog.gates import pass_gates
 from openmint.catalog.policies import find_policy, get_or_create
 from openmint.catalog.records import (
     Alias,
     AliasAction,
     AliasEvent,
+    GateFailure,
     Policy,
     Resolved,
     Revision,
@@ -41,7 +45,6 @@ from openmint.catalog.rows import (
 from openmint.errors import Conflict, NotFound
 from openmint.types import BaseInfo, Digest, Tenant
 
-LATEST = "latest"
 SERVED = "prod"
 
 
@@ -60,6 +63,8 @@ def move_alias(
     actor: str,
     reason: str = "",
     expected_version: int | None = None,
+    overridden: Sequence[GateFailure] = (),
+    override_reason: str | None = None,
 ) -> Alias:
     """The alias, now naming `digest`; moving it where it is changes and records nothing.
 
@@ -96,9 +101,13 @@ def move_alias(
             actor=actor,
             reason=reason,
             created_at=moved["updated_at"],
+            override_reason=override_reason if overridden else None,
         )
     )
-    details = {"from": came_from, "to": digest, "reason": reason}
+    details: dict[str, Any] = {"from": came_from, "to": digest, "reason": reason}
+    if overridden:
+        details["override_reason"] = override_reason
+        details["overridden"] = [asdict(failure) for failure in overridden]
     subject = f"{policy.tenant}/{policy.name}@{name}"
     note_event(connection, policy.tenant, actor, f"alias.{action}", subject, details)
     after = find_alias(connection, policy.policy_id, name)
@@ -124,9 +133,12 @@ class AliasRecords:
     ) -> Alias:
         """Let `alias` name a revision. `digest` may be its start. Durable on return.
 
-        Raises NotFound, Conflict when the alias is not at `expected_version` (0: must be new).
+        Raises NotFound, Conflict when the alias is not at `expected_version` (0: must be new),
+        GateFailed.
         """
-        return self._move(tenant, policy, alias, digest, "set", actor, reason, expected_version)
+        return self._move(
+            tenant, policy, alias, digest, "set", actor, reason, expected_version, None
+        )
 
     def promote(
         self,
@@ -138,9 +150,23 @@ class AliasRecords:
         actor: str,
         reason: str = "",
         expected_version: int | None = None,
+        override_reason: str | None = None,
     ) -> Alias:
-        """Serve a revision under `alias`. As `set_alias`, with its own word in the history."""
-        return self._move(tenant, policy, alias, digest, "promote", actor, reason, expected_version)
+        """Serve a revision under `alias`. As `set_alias`, with its own word in the history.
+
+        With `override_reason` gates don't hold it back; the reason and what they found are kept.
+        """
+        return self._move(
+            tenant,
+            policy,
+            alias,
+            digest,
+            "promote",
+            actor,
+            reason,
+            expected_version,
+            override_reason,
+        )
 
     def _move(
         self,
@@ -152,18 +178,27 @@ class AliasRecords:
         actor: str,
         reason: str,
         expected_version: int | None,
+        override_reason: str | None,
     ) -> Alias:
         with self._database.write() as connection:
             owner = find_policy(connection, tenant, policy)
+            target = find_by_prefix(connection, owner, digest).digest
+            before = find_alias(connection, owner.policy_id, alias)
+            current = before.digest if before else None
+            overridden: list[GateFailure] = []
+            if target != current:
+                overridden = pass_gates(connection, owner, alias, target, current, override_reason)
             return move_alias(
                 connection,
                 owner,
                 alias,
-                find_by_prefix(connection, owner, digest).digest,
+                target,
                 action,
                 actor=actor,
                 reason=reason,
                 expected_version=expected_version,
+                overridden=overridden,
+                override_reason=override_reason,
             )
 
     def rollback(

@@ -15,6 +15,7 @@ from openmint.catalog.checkpoints import CheckpointRecords, SamplerRecords
 from openmint.catalog.database import Database
 from openmint.catalog.evaluations import EvaluationRecords
 from openmint.catalog.garbage import GarbageRecords
+from openmint.catalog.gates import GateRecords
 from openmint.catalog.keys import KeyRecords, load_pepper
 from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.requests import RequestRecords
@@ -33,6 +34,7 @@ class Catalog(
     CheckpointRecords,
     SamplerRecords,
     AliasRecords,
+    GateRecords,
     EvaluationRecords,
     AuditRecords,
     GarbageRecords,

@@ -196,6 +196,45 @@ class AliasEvent:
     actor: str
     reason: str
     created_at: datetime
+    override_reason: str | None
+    """Why it was moved past gates that the revision did not pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a revision must have shown on a task before an alias may name it."""
+
+    gate_id: int
+    policy_id: int
+    alias: str
+    task_name: str
+    task_digest: Digest | None
+    """None: the task that was last kept under the name."""
+    num_items: int | None
+    """How many items must have been asked at least; None: all."""
+    min_score: float | None
+    """The score to reach; None where the revision is compared."""
+    margin: float | None
+    """How much worse than what the alias names it may be; None where `min_score` is set."""
+    confidence: float
+    """Of the comparison, one-sided."""
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class GateFailure:
+    """A gate that a revision does not pass."""
+
+    gate_id: int
+    wanted: str
+    found: str
+    evaluation_id: int | None
+    """Of the revision on the gate's task; None where there is none that counts."""
+    score: float | None
+    bound: float | None
+    """Lower confidence bound of the difference to what the alias names."""
+    run: tuple[str, ...]
+    """Commands that bring what is missing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from openmint.catalog.records import (
     AuditEvent,
     Checkpoint,
     Evaluation,
+    Gate,
     Policy,
     RequestRecord,
     Revision,
@@ -102,9 +103,11 @@ SAMPLERS = select(t.sampler)
 ALIASES = select(t.alias, t.policy.c.name.label("policy_name")).join_from(t.alias, t.policy)
 ALIAS_EVENTS = select(t.alias_event)
 TASKS = select(t.evaluation_task)
-EVALUATIONS = select(t.evaluation, t.policy.c.name.label("policy_name")).join_from(
-    t.evaluation, t.policy, isouter=True
-)
+GATES = select(t.gate)
+EVALUATIONS = select(
+    *(column for column in t.evaluation.c if column is not t.evaluation.c.outcomes),
+    t.policy.c.name.label("policy_name"),
+).join_from(t.evaluation, t.policy, isouter=True)
 AUDIT_EVENTS = select(t.audit_event)
 REQUESTS = select(t.request)
 USAGE_HOURS = select(t.usage)
@@ -119,6 +122,7 @@ SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (Sampler, SAMPLERS),
     (Alias, ALIASES),
     (AliasEvent, ALIAS_EVENTS),
+    (Gate, GATES),
     (TaskRecord, TASKS),
     (Evaluation, EVALUATIONS),
     (AuditEvent, AUDIT_EVENTS),

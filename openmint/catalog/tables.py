@@ -242,7 +242,26 @@ alias_event = Table(
     _required("actor", TEXT),
     _required("reason", TEXT),
     _required("created_at", Instant),
+    # Why gates that it did not pass were overruled.
+    Column("override_reason", TEXT),
     Index(None, "policy_id", "alias", "event_id"),
+)
+
+gate = Table(
+    "gate",
+    METADATA,
+    Column("gate_id", INT64, primary_key=True),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("alias", TEXT),
+    _required("task_name", TEXT),
+    Column("task_digest", TEXT),
+    Column("num_items", INT64),
+    # One of the two; see catalog/gates.py.
+    Column("min_score", Float),
+    Column("margin", Float),
+    Column("confidence", Float, nullable=False),
+    _required("created_at", Instant),
+    Index(None, "policy_id", "alias"),
 )
 
 evaluation_task = Table(
@@ -275,6 +294,8 @@ evaluation = Table(
     Column("error", TEXT),
     _required("created_at", Instant),
     Column("finished_at", Instant),
+    # A digit for each item, 1 where the answer was right.
+    Column("outcomes", TEXT),
     Index(None, "tenant", "evaluation_id"),
     Index(None, "policy_id", "digest"),
 )

@@ -39,12 +39,14 @@ class Promotion:
         actor: str,
         reason: str,
         expected_version: int | None,
+        override_reason: str | None,
     ) -> Alias:
         """Point `alias` at the revision that `reference` names within the policy.
 
         Durable on return. A retry is harmless: it adds an event that moves nothing. Raises
         NotFound, InvalidRequest for a malformed name, Conflict when the alias is not at
-        `expected_version` any more.
+        `expected_version` any more, GateFailed without an `override_reason` when the revision does
+        not pass the alias's gates.
         """
         revision = self.revision(tenant, policy, reference)
         moved = await asyncio.to_thread(
@@ -56,6 +58,7 @@ class Promotion:
             actor=actor,
             reason=reason,
             expected_version=expected_version,
+            override_reason=override_reason,
         )
         self.prewarming.after_move(tenant, policy, alias)
         log.info("promoted", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)

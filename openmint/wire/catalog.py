@@ -31,6 +31,8 @@ from openmint.wire.requests import Body
 Json = dict[str, Any]
 
 Reason = Annotated[str, Field(max_length=1000)]
+Override = Annotated[str, Field(min_length=1, max_length=1000)]
+"""Why a revision is promoted that does not pass the alias's gates."""
 Version = Annotated[int, Field(ge=0, lt=1 << 62)]
 """What the alias must still be at; 0 means that it must be new."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
@@ -44,6 +46,7 @@ class Promote(Body):
     revision: Reference
     reason: Reason = ""
     if_version: Version | None = None
+    override_reason: Override | None = None
 
 
 class Rollback(Body):
@@ -179,6 +182,7 @@ def encode_alias_event(event: AliasEvent) -> Json:
         "to_digest": event.to_digest,
         "actor": event.actor,
         "reason": event.reason,
+        "override_reason": event.override_reason,
         "created_at": _time(event.created_at),
     }
 

@@ -94,6 +94,13 @@ class World:
         self.result("save_weights_for_sampler", model_id=self.run, path=name)
         return name
 
+    def make_gate(self) -> int:
+        """The id of a new gate, on an alias of its own."""
+        path = f"/catalog/v1/policies/{POLICY}/aliases/held/gates"
+        answer = self.ask("POST", path, self.keys["train"], json=GATE)
+        assert answer.status_code == 201, answer.text
+        return int(answer.json()["gate_id"])
+
     def things(self) -> list[str]:
         """What no other tenant may ever read."""
         return [self.session, self.run, self.digest, self.sample, POLICY]
@@ -156,6 +163,7 @@ TASK = {
     "max_tokens": 2,
 }
 EVALUATION = {"model": POLICY, "task": "isolation"}
+GATE = {"task": "isolation", "min_score": 0.5}
 
 Body = Callable[[World], Any]
 
@@ -192,6 +200,7 @@ def of_run(world: World) -> dict[str, Any]:
 
 
 SAVED: dict[str, Body] = {"segment": lambda w: "sampler_weights", "name": lambda w: "s"}
+HELD: dict[str, Body] = {"alias": lambda w: "held"}
 ANY = ("read", "serve", "train")
 USE = ("serve", "train")
 TRAIN = ("train",)
@@ -325,6 +334,11 @@ ROWS: dict[str, Row] = {
     f"GET {CATALOG}/aliases/{{alias}}/history": Row(ANY),
     f"POST {CATALOG}/aliases/{{alias}}/promote": Row(TRAIN, lambda w: {"revision": w.digest}),
     f"POST {CATALOG}/aliases/{{alias}}/rollback": Row(TRAIN, lambda w: {}),
+    f"GET {CATALOG}/aliases/{{alias}}/gates": Row(ANY),
+    f"POST {CATALOG}/aliases/{{alias}}/gates": Row(TRAIN, lambda w: GATE, at=HELD),
+    f"DELETE {CATALOG}/aliases/{{alias}}/gates/{{gate_id}}": Row(
+        TRAIN, at={**HELD, "gate_id": World.make_gate}
+    ),
     "POST /catalog/v1/prewarm": Row(USE, lambda w: {"models": [POLICY]}),
     "GET /catalog/v1/tasks": Row(ANY, foreign=None),
     "POST /catalog/v1/tasks": Row(TRAIN, lambda w: {**TASK, "name": "else"}, foreign=None),

@@ -1,0 +1,33 @@
+"""Gates of aliases, and the outcome of each item of an evaluation.
+
+Revision ID: 0005
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from openmint.catalog.columns import INT64, TEXT, Instant
+
+revision = "0005"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "gate",
+        sa.Column("gate_id", INT64, nullable=False),
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("alias", TEXT, nullable=False),
+        sa.Column("task_name", TEXT, nullable=False),
+        sa.Column("task_digest", TEXT, nullable=True),
+        sa.Column("num_items", INT64, nullable=True),
+        sa.Column("min_score", sa.Float(), nullable=True),
+        sa.Column("margin", sa.Float(), nullable=True),
+        sa.Column("confidence", sa.Float(), nullable=False),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.ForeignKeyConstraint(["policy_id"], ["policy.policy_id"], name="fk_gate_policy_id"),
+        sa.PrimaryKeyConstraint("gate_id", name="pk_gate"),
+    )
+    op.create_index("ix_gate_policy_id_alias", "gate", ["policy_id", "alias"], unique=False)
+    op.add_column("evaluation", sa.Column("outcomes", TEXT, nullable=True))
+    op.add_column("alias_event", sa.Column("override_reason", TEXT, nullable=True))
