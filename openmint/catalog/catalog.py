@@ -11,6 +11,7 @@ from __future__ import annotations
 from openmint.catalog.aliases import AliasRecords
 from openmint.catalog.audit import AuditRecords
 from openmint.catalog.bases import BaseRecords
+from openmint.catalog.canaries import CanaryRecords
 from openmint.catalog.checkpoints import CheckpointRecords, SamplerRecords
 from openmint.catalog.database import Database
 from openmint.catalog.evaluations import EvaluationRecords
@@ -22,6 +23,7 @@ from openmint.catalog.requests import RequestRecords
 from openmint.catalog.revisions import RevisionRecords
 from openmint.catalog.sessions import SessionRecords
 from openmint.catalog.tenants import TenantRecords
+from openmint.catalog.watches import WatchRecords
 
 
 class Catalog(
@@ -34,7 +36,9 @@ class Catalog(
     CheckpointRecords,
     SamplerRecords,
     AliasRecords,
+    CanaryRecords,
     GateRecords,
+    WatchRecords,
     EvaluationRecords,
     AuditRecords,
     GarbageRecords,

@@ -25,6 +25,7 @@ from openmint.catalog.records import (
     Session,
     TaskRecord,
     UsageHour,
+    Watch,
 )
 from openmint.types import Digest, LoraSpec
 
@@ -104,6 +105,7 @@ ALIASES = select(t.alias, t.policy.c.name.label("policy_name")).join_from(t.alia
 ALIAS_EVENTS = select(t.alias_event)
 TASKS = select(t.evaluation_task)
 GATES = select(t.gate)
+WATCHES = select(t.watch)
 EVALUATIONS = select(
     *(column for column in t.evaluation.c if column is not t.evaluation.c.outcomes),
     t.policy.c.name.label("policy_name"),
@@ -123,6 +125,7 @@ SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (Alias, ALIASES),
     (AliasEvent, ALIAS_EVENTS),
     (Gate, GATES),
+    (Watch, WATCHES),
     (TaskRecord, TASKS),
     (Evaluation, EVALUATIONS),
     (AuditEvent, AUDIT_EVENTS),

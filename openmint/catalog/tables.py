@@ -225,6 +225,10 @@ alias = Table(
     _required("digest", TEXT),
     Column("version", INT64, nullable=False),
     _required("updated_at", Instant),
+    # A second revision, which answers a share of the requests; see catalog/canaries.py.
+    Column("canary_digest", TEXT),
+    Column("canary_share", Float),
+    Column("canary_since", Instant),
     PrimaryKeyConstraint("policy_id", "name"),
     Index(None, "policy_id", "digest"),
     sqlite_with_rowid=False,
@@ -242,6 +246,7 @@ alias_event = Table(
     _required("actor", TEXT),
     _required("reason", TEXT),
     _required("created_at", Instant),
+    Column("share", Float),
     # Why gates that it did not pass were overruled.
     Column("override_reason", TEXT),
     Index(None, "policy_id", "alias", "event_id"),
@@ -262,6 +267,38 @@ gate = Table(
     Column("confidence", Float, nullable=False),
     _required("created_at", Instant),
     Index(None, "policy_id", "alias"),
+)
+
+watch = Table(
+    "watch",
+    METADATA,
+    Column("watch_id", INT64, primary_key=True),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("alias", TEXT),
+    _required("metric", TEXT),
+    # One of the two; see catalog/watches.py.
+    Column("at_least", Float),
+    Column("at_most", Float),
+    Column("confidence", Float, nullable=False),
+    Column("min_observations", INT64, nullable=False),
+    Column("window_seconds", INT64, nullable=False),
+    _required("created_at", Instant),
+    Index(None, "policy_id", "alias"),
+)
+
+observation = Table(
+    "observation",
+    METADATA,
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("digest", TEXT),
+    _required("metric", TEXT),
+    # When the short time begins whose values these are.
+    _required("span", Instant),
+    Column("num", INT64, nullable=False),
+    Column("total", Float, nullable=False),
+    PrimaryKeyConstraint("policy_id", "digest", "metric", "span"),
+    Index(None, "span"),
+    sqlite_with_rowid=False,
 )
 
 evaluation_task = Table(

@@ -41,10 +41,10 @@ REVISION_COLUMNS = (
     "number", "digest", "num_optim_steps", "rank", "alpha", "size_bytes", "origin", "created_at",
 )  # fmt: skip
 POLL_SECONDS = 0.5
-ALIAS_COLUMNS = ("name", "digest", "version", "updated_at")
+ALIAS_COLUMNS = ("name", "digest", "version", "canary", "updated_at")
 EVENT_COLUMNS = (
-    "event_id", "action", "from_digest", "to_digest", "actor", "reason", "override_reason",
-    "created_at",
+    "event_id", "action", "from_digest", "to_digest", "share", "actor", "reason",
+    "override_reason", "created_at",
 )  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def rollback(
     data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
-    """Point an alias back at what it named before its last move."""
+    """Undo an alias's last change: abort its canary, else point it back at what it named before."""
     path = f"{policy_path(policy)}/aliases/{alias}/rollback"
     confirm(f"Roll {policy}@{alias} back?", yes=yes)
     with connect(url, key, data) as remote:

@@ -31,6 +31,7 @@ from openmint.service.snapshots import Snapshots
 from openmint.service.targets import Targets
 from openmint.service.tokenizers import TokenizerCache
 from openmint.service.training import Training
+from openmint.service.watching import Watching
 from openmint.service.workers import Workers
 from openmint.store.blobs import BlobStore
 
@@ -57,6 +58,7 @@ class Gateway:
     completions: Completions
     promotion: Promotion
     prewarming: Prewarming
+    watching: Watching
     adapters: Adapters
     evaluations: Evaluations
     snapshots: Snapshots
@@ -88,6 +90,7 @@ class Gateway:
         await self.training.forget(self.futures.sweep(now))
         await self.training.keep_records()
         await self.meter.flush()
+        await self.watching.flush()
         await self.sessions.keep_time(now)
         await self.checkpoints.expire()
         await self.collector.collect()
@@ -135,7 +138,8 @@ def build_gateway(
     )
     targets = Targets(catalog, workers, sampling)
     prewarming = Prewarming(targets)
-    completions = Completions(targets, TokenizerCache(), limits)
+    watching = Watching(catalog, prewarming)
+    completions = Completions(targets, TokenizerCache(), limits, watching)
     training.restore()
     return Gateway(
         settings,
@@ -152,6 +156,7 @@ def build_gateway(
         completions,
         Promotion(catalog, prewarming),
         prewarming,
+        watching,
         Adapters(catalog, store, workers, collector, probes, limits),
         Evaluations(catalog, completions),
         Snapshots(catalog, workers, training, collector, service),

@@ -50,7 +50,7 @@ class Promote(Body):
 
 
 class Rollback(Body):
-    """Point an alias back at what it named before its last move."""
+    """Undo an alias's last change: abort its canary, else point it back at what it named before."""
 
     reason: Reason = ""
     if_version: Version | None = None
@@ -165,11 +165,16 @@ def encode_spec(spec: LoraSpec) -> Json:
 
 
 def encode_alias(alias: Alias) -> Json:
+    canary = None
+    if alias.canary_digest is not None:
+        since = _time(alias.canary_since)
+        canary = {"digest": alias.canary_digest, "share": alias.canary_share, "since": since}
     return {
         "name": alias.name,
         "digest": alias.digest,
         "version": alias.version,
         "updated_at": _time(alias.updated_at),
+        "canary": canary,
     }
 
 
@@ -182,6 +187,7 @@ def encode_alias_event(event: AliasEvent) -> Json:
         "to_digest": event.to_digest,
         "actor": event.actor,
         "reason": event.reason,
+        "share": event.share,
         "override_reason": event.override_reason,
         "created_at": _time(event.created_at),
     }

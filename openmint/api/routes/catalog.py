@@ -235,7 +235,8 @@ async def rollback(
     gateway: App,
     if_match: IfMatch = None,
 ) -> Response:
-    """Point an alias back at what it named before; holds for the next request."""
+    """Abort a running canary, else point an alias back at what it named before; holds for the next
+    request."""
     caller.require("train")
     body = await read(request, wire.Rollback)
     moved = await gateway.promotion.rollback(

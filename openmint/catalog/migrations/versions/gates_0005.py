@@ -1,4 +1,4 @@
-"""Gates of aliases, and the outcome of each item of an evaluation.
+"""Gates, canaries and watches of aliases, and the outcome of each item of an evaluation.
 
 Revision ID: 0005
 """
@@ -29,5 +29,40 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("gate_id", name="pk_gate"),
     )
     op.create_index("ix_gate_policy_id_alias", "gate", ["policy_id", "alias"], unique=False)
+    op.create_table(
+        "watch",
+        sa.Column("watch_id", INT64, nullable=False),
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("alias", TEXT, nullable=False),
+        sa.Column("metric", TEXT, nullable=False),
+        sa.Column("at_least", sa.Float(), nullable=True),
+        sa.Column("at_most", sa.Float(), nullable=True),
+        sa.Column("confidence", sa.Float(), nullable=False),
+        sa.Column("min_observations", INT64, nullable=False),
+        sa.Column("window_seconds", INT64, nullable=False),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.ForeignKeyConstraint(["policy_id"], ["policy.policy_id"], name="fk_watch_policy_id"),
+        sa.PrimaryKeyConstraint("watch_id", name="pk_watch"),
+    )
+    op.create_index("ix_watch_policy_id_alias", "watch", ["policy_id", "alias"], unique=False)
+    op.create_table(
+        "observation",
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("digest", TEXT, nullable=False),
+        sa.Column("metric", TEXT, nullable=False),
+        sa.Column("span", Instant(), nullable=False),
+        sa.Column("num", INT64, nullable=False),
+        sa.Column("total", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["policy_id"], ["policy.policy_id"], name="fk_observation_policy_id"
+        ),
+        sa.PrimaryKeyConstraint("policy_id", "digest", "metric", "span", name="pk_observation"),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("ix_observation_span", "observation", ["span"], unique=False)
     op.add_column("evaluation", sa.Column("outcomes", TEXT, nullable=True))
+    op.add_column("alias", sa.Column("canary_digest", TEXT, nullable=True))
+    op.add_column("alias", sa.Column("canary_share", sa.Float(), nullable=True))
+    op.add_column("alias", sa.Column("canary_since", Instant(), nullable=True))
+    op.add_column("alias_event", sa.Column("share", sa.Float(), nullable=True))
     op.add_column("alias_event", sa.Column("override_reason", TEXT, nullable=True))
