@@ -21,6 +21,7 @@ from openmint.catalog.keys import KeyRecords, load_pepper
 from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.requests import RequestRecords
 from openmint.catalog.revisions import RevisionRecords
+from openmint.catalog.schedules import ScheduleRecords
 from openmint.catalog.sessions import SessionRecords
 from openmint.catalog.tenants import TenantRecords
 from openmint.catalog.watches import WatchRecords
@@ -39,6 +40,7 @@ class Catalog(
     CanaryRecords,
     GateRecords,
     WatchRecords,
+    ScheduleRecords,
     EvaluationRecords,
     AuditRecords,
     GarbageRecords,

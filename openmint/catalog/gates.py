@@ -58,7 +58,7 @@ class GateRecords:
             if len(gates_of(connection, owner, alias)) >= MAX_GATES:
                 raise Conflict(f"alias {alias!r} has {MAX_GATES} gates; remove one first")
             pinned = task.startswith("sha256:")
-            name, digest = _find_task(connection, tenant, task)
+            name, digest = find_task(connection, tenant, task)
             values: dict[str, Any] = {
                 "policy_id": owner.policy_id,
                 "alias": alias,
@@ -130,7 +130,7 @@ def _failure(
     connection: Connection, policy: Policy, gate: Gate, candidate: Digest, current: Digest | None
 ) -> GateFailure | None:
     """Why the candidate does not pass; where nothing is named yet, there is nothing to be below."""
-    _, task = _find_task(connection, policy.tenant, gate.task_digest or gate.task_name)
+    _, task = find_task(connection, policy.tenant, gate.task_digest or gate.task_name)
     num_items = gate.num_items or _size_of_task(connection, policy.tenant, task)
     newest = _newest_evaluation(connection, policy, candidate, task, num_items)
     before = current and _newest_evaluation(connection, policy, current, task, num_items)
@@ -199,7 +199,7 @@ def _outcomes(connection: Connection, evaluation: Evaluation) -> list[bool]:
     return [digit == "1" for digit in digits]
 
 
-def _find_task(connection: Connection, tenant: Tenant, reference: str) -> tuple[str, Digest]:
+def find_task(connection: Connection, tenant: Tenant, reference: str) -> tuple[str, Digest]:
     """Name and digest of the task of that digest, or of the newest of that name."""
     column = t.evaluation_task.c
     named = column.digest if reference.startswith("sha256:") else column.name

@@ -291,6 +291,33 @@ class WatchFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class Schedule:
+    """An evaluation that starts by itself on what an alias names."""
+
+    schedule_id: int
+    policy_id: int
+    alias: str
+    task: str
+    """Name or digest."""
+    num_items: int | None
+    every_hours: float | None
+    """None: whenever the alias names a revision that it did not name before."""
+    last_digest: Digest | None
+    next_at: datetime | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class DueEvaluation:
+    """A revision that a schedule wants evaluated now."""
+
+    tenant: Tenant
+    policy: str
+    digest: Digest
+    schedule: Schedule
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """What an address meant at one moment; `alias` None when it named a digest."""
 

@@ -22,6 +22,7 @@ from openmint.catalog.records import (
     Revision,
     Run,
     Sampler,
+    Schedule,
     Session,
     TaskRecord,
     UsageHour,
@@ -106,6 +107,7 @@ ALIAS_EVENTS = select(t.alias_event)
 TASKS = select(t.evaluation_task)
 GATES = select(t.gate)
 WATCHES = select(t.watch)
+SCHEDULES = select(t.schedule)
 EVALUATIONS = select(
     *(column for column in t.evaluation.c if column is not t.evaluation.c.outcomes),
     t.policy.c.name.label("policy_name"),
@@ -126,6 +128,7 @@ SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (AliasEvent, ALIAS_EVENTS),
     (Gate, GATES),
     (Watch, WATCHES),
+    (Schedule, SCHEDULES),
     (TaskRecord, TASKS),
     (Evaluation, EVALUATIONS),
     (AuditEvent, AUDIT_EVENTS),

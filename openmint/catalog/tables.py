@@ -301,6 +301,21 @@ observation = Table(
     sqlite_with_rowid=False,
 )
 
+schedule = Table(
+    "schedule",
+    METADATA,
+    Column("schedule_id", INT64, primary_key=True),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("alias", TEXT),
+    _required("task", TEXT),
+    Column("num_items", INT64),
+    Column("every_hours", Float),
+    Column("last_digest", TEXT),
+    Column("next_at", Instant),
+    _required("created_at", Instant),
+    Index(None, "policy_id", "alias"),
+)
+
 evaluation_task = Table(
     "evaluation_task",
     METADATA,

@@ -1,4 +1,4 @@
-"""Between training and traffic, on a running server: gates, canaries and watches."""
+"""Between training and traffic, on a running server: gates, canaries, watches, schedules."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ watch = typer.Typer(
     help="Watches: what answers must show, or a revision loses its traffic.", no_args_is_help=True
 )
 
+schedule = typer.Typer(help="Evaluations that start by themselves.", no_args_is_help=True)
+
 ShareOption = Annotated[
     float, typer.Option("--share", help="Part of the traffic, above 0 and at most 1.")
 ]
@@ -52,11 +54,17 @@ WATCH_COLUMNS = (
     "window_seconds", "revisions",
 )  # fmt: skip
 
+SCHEDULE_COLUMNS = (
+    "schedule_id", "task", "num_items", "every_hours", "last_digest", "next_at",
+)  # fmt: skip
+FollowedOption = Annotated[str, typer.Option("--alias", help="What it names is evaluated.")]
+
 
 def register(app: typer.Typer) -> None:
     app.add_typer(gate, name="gate")
     app.add_typer(canary, name="canary")
     app.add_typer(watch, name="watch")
+    app.add_typer(schedule, name="schedule")
 
 
 @gate.command("list")
@@ -266,6 +274,57 @@ def remove_watch(
     """Watch no longer."""
     with connect(url, key, data) as remote:
         remote.send("DELETE", f"{_alias_path(policy, alias)}/watches/{watch_id}")
+
+
+@schedule.command("list")
+def list_schedules(
+    policy: PolicyArgument,
+    alias: FollowedOption = "latest",
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """The schedules of an alias."""
+    with connect(url, key, data) as remote:
+        items = remote.get(f"{_alias_path(policy, alias)}/schedules")["items"]
+    show(items, as_json=as_json, columns=SCHEDULE_COLUMNS)
+
+
+@schedule.command("add")
+def add_schedule(
+    policy: PolicyArgument,
+    task: Annotated[
+        str, typer.Option("--task", help="Name (its newest task is asked) or digest of a task.")
+    ],
+    alias: FollowedOption = "latest",
+    every_hours: Annotated[
+        float | None, typer.Option(help="So often, instead of for each new revision.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Only the first n items.", min=1)] = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Evaluate each revision that is new to an alias, or what it names every so many hours."""
+    body = {"task": task, "n": n, "every_hours": every_hours}
+    with connect(url, key, data) as remote:
+        show(remote.post(f"{_alias_path(policy, alias)}/schedules", body), as_json=as_json)
+
+
+@schedule.command("remove")
+def remove_schedule(
+    policy: PolicyArgument,
+    schedule_id: Annotated[int, typer.Argument(metavar="SCHEDULE_ID")],
+    alias: FollowedOption = "latest",
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Let nothing start by this schedule any more."""
+    with connect(url, key, data) as remote:
+        remote.send("DELETE", f"{_alias_path(policy, alias)}/schedules/{schedule_id}")
 
 
 def _show_canary(policy: str, alias: Any, *, as_json: bool) -> None:

@@ -26,6 +26,7 @@ from openmint.service.prewarming import Prewarming
 from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
 from openmint.service.sampling import Sampling
+from openmint.service.schedules import Schedules
 from openmint.service.sessions import Sessions
 from openmint.service.snapshots import Snapshots
 from openmint.service.targets import Targets
@@ -61,6 +62,7 @@ class Gateway:
     watching: Watching
     adapters: Adapters
     evaluations: Evaluations
+    schedules: Schedules
     snapshots: Snapshots
     probes: Probes
     limits: Limits
@@ -91,6 +93,7 @@ class Gateway:
         await self.training.keep_records()
         await self.meter.flush()
         await self.watching.flush()
+        await self.schedules.start_due()
         await self.sessions.keep_time(now)
         await self.checkpoints.expire()
         await self.collector.collect()
@@ -140,6 +143,7 @@ def build_gateway(
     prewarming = Prewarming(targets)
     watching = Watching(catalog, prewarming)
     completions = Completions(targets, TokenizerCache(), limits, watching)
+    evaluations = Evaluations(catalog, completions)
     training.restore()
     return Gateway(
         settings,
@@ -158,7 +162,8 @@ def build_gateway(
         prewarming,
         watching,
         Adapters(catalog, store, workers, collector, probes, limits),
-        Evaluations(catalog, completions),
+        evaluations,
+        Schedules(catalog, evaluations),
         Snapshots(catalog, workers, training, collector, service),
         probes,
         limits,

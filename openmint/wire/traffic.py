@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from openmint.catalog.records import Gate, Observation, Watch, WatchFinding
+from openmint.catalog.records import Gate, Observation, Schedule, Watch, WatchFinding
 from openmint.types import Digest
 from openmint.wire.catalog import Json, Name, Override, Reason, Reference, Version
 from openmint.wire.requests import Body
@@ -86,6 +86,21 @@ class Observe(Body):
             Observation(item.policy, Digest(item.revision), item.metric, 1, item.value)
             for item in self.items
         ]
+
+
+class AddSchedule(Body):
+    """Evaluate what the alias names: each revision that is new to it, or every so many hours."""
+
+    task: Reference
+    n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    every_hours: Annotated[float, Field(ge=0.01, le=8784, allow_inf_nan=False)] | None = None
+
+
+def encode_schedule(schedule: Schedule) -> Json:
+    shown = asdict(schedule)
+    del shown["policy_id"]
+    next_at = schedule.next_at and schedule.next_at.isoformat()
+    return {**shown, "next_at": next_at, "created_at": schedule.created_at.isoformat()}
 
 
 def encode_watch(watch: Watch, findings: Sequence[WatchFinding] = ()) -> Json:

@@ -106,6 +106,13 @@ class World:
             assert answer.status_code == 200, answer.text
         return name
 
+    def make_schedule(self) -> int:
+        """The id of a new schedule, on an alias that names nothing."""
+        path = f"/catalog/v1/policies/{POLICY}/aliases/held/schedules"
+        answer = self.ask("POST", path, self.keys["train"], json={"task": "isolation"})
+        assert answer.status_code == 201, answer.text
+        return int(answer.json()["schedule_id"])
+
     def make_watch(self) -> int:
         """The id of a new watch, on an alias of its own."""
         path = f"/catalog/v1/policies/{POLICY}/aliases/held/watches"
@@ -369,6 +376,13 @@ ROWS: dict[str, Row] = {
     f"POST {CATALOG}/aliases/{{alias}}/watches": Row(TRAIN, lambda w: WATCH, at=HELD),
     f"DELETE {CATALOG}/aliases/{{alias}}/watches/{{watch_id}}": Row(
         TRAIN, at={**HELD, "watch_id": World.make_watch}
+    ),
+    f"GET {CATALOG}/aliases/{{alias}}/schedules": Row(ANY),
+    f"POST {CATALOG}/aliases/{{alias}}/schedules": Row(
+        TRAIN, lambda w: {"task": "isolation"}, at=HELD
+    ),
+    f"DELETE {CATALOG}/aliases/{{alias}}/schedules/{{schedule_id}}": Row(
+        TRAIN, at={**HELD, "schedule_id": World.make_schedule}
     ),
     "POST /catalog/v1/observations": Row(
         USE,

@@ -1,5 +1,5 @@
 """Catalogue routes under /catalog/v1 between training and traffic: gates, canaries,
-watches, observations."""
+watches, observations, schedules."""
 
 from __future__ import annotations
 
@@ -197,3 +197,48 @@ async def observe(request: Request, caller: Caller, gateway: App) -> Json:
     body = await read(request, wire.Observe)
     counted = await gateway.watching.observe(caller.tenant, body.observations())
     return {"num_counted": counted}
+
+
+@router.get(ALIAS + "/schedules")
+async def list_schedules(tenant: str, name: str, alias: str, caller: Caller, gateway: App) -> Json:
+    """The evaluations that start by themselves on what the alias names."""
+    caller.require(*READERS)
+    found = gateway.catalog.schedules(owned(caller, tenant), name, alias)
+    return {"items": [wire.encode_schedule(schedule) for schedule in found]}
+
+
+@router.post(ALIAS + "/schedules", status_code=201, openapi_extra=takes(wire.AddSchedule))
+async def add_schedule(
+    tenant: str, name: str, alias: str, request: Request, caller: Caller, gateway: App
+) -> Json:
+    """Evaluate each revision that is new to the alias, or what it names every so many hours."""
+    caller.require("train")
+    body = await read(request, wire.AddSchedule)
+    schedule = await asyncio.to_thread(
+        gateway.catalog.add_schedule,
+        owned(caller, tenant),
+        name,
+        check_alias(alias),
+        body.task,
+        every_hours=body.every_hours,
+        num_items=body.n,
+        actor=caller.key_id,
+    )
+    return wire.encode_schedule(schedule)
+
+
+@router.delete(ALIAS + "/schedules/{schedule_id}", status_code=204)
+async def remove_schedule(
+    tenant: str, name: str, alias: str, schedule_id: RowId, caller: Caller, gateway: App
+) -> Response:
+    """Let nothing start by this schedule any more."""
+    caller.require("train")
+    await asyncio.to_thread(
+        gateway.catalog.remove_schedule,
+        owned(caller, tenant),
+        name,
+        alias,
+        schedule_id,
+        actor=caller.key_id,
+    )
+    return Response(status_code=204)

@@ -1,4 +1,4 @@
-"""Gates, canaries and watches of aliases, and the outcome of each item of an evaluation.
+"""Gates, canaries, watches and schedules of aliases, and the outcome of each item of an evaluation.
 
 Revision ID: 0005
 """
@@ -60,6 +60,21 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_index("ix_observation_span", "observation", ["span"], unique=False)
+    op.create_table(
+        "schedule",
+        sa.Column("schedule_id", INT64, nullable=False),
+        sa.Column("policy_id", INT64, nullable=False),
+        sa.Column("alias", TEXT, nullable=False),
+        sa.Column("task", TEXT, nullable=False),
+        sa.Column("num_items", INT64, nullable=True),
+        sa.Column("every_hours", sa.Float(), nullable=True),
+        sa.Column("last_digest", TEXT, nullable=True),
+        sa.Column("next_at", Instant(), nullable=True),
+        sa.Column("created_at", Instant(), nullable=False),
+        sa.ForeignKeyConstraint(["policy_id"], ["policy.policy_id"], name="fk_schedule_policy_id"),
+        sa.PrimaryKeyConstraint("schedule_id", name="pk_schedule"),
+    )
+    op.create_index("ix_schedule_policy_id_alias", "schedule", ["policy_id", "alias"], unique=False)
     op.add_column("evaluation", sa.Column("outcomes", TEXT, nullable=True))
     op.add_column("alias", sa.Column("canary_digest", TEXT, nullable=True))
     op.add_column("alias", sa.Column("canary_share", sa.Float(), nullable=True))
