@@ -8,6 +8,7 @@ OpenMintError
 │   ├── Forbidden           the key's role does not allow this
 │   ├── NotFound            no such thing, or another tenant's
 │   ├── Conflict            the thing exists, or changed since the caller read it
+│   │   └── GateFailed      a revision does not pass the gates of an alias
 │   ├── BodyMismatch        a retried request differs from the first one
 │   ├── Gone                it existed and was deleted or expired
 │   ├── TooLarge            over a size limit
@@ -21,6 +22,9 @@ OpenMintError
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class OpenMintError(Exception):
@@ -63,6 +67,19 @@ class NotFound(RequestError):
 
 class Conflict(RequestError):
     code = "conflict"
+
+
+class GateFailed(Conflict):
+    """`failures` has an entry for each gate: what it wanted, what it found, what to run."""
+
+    code = "gate_failed"
+
+    def __init__(self, message: str, failures: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+    def __reduce__(self) -> tuple[type[OpenMintError], tuple[Any, ...]]:
+        return type(self), (self.message, self.failures)
 
 
 class BodyMismatch(RequestError):

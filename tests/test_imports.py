@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service": {"cluster", "catalog", "journal", "store", "wire", "evaluate", "observe"},
     "wire": set(),
     "evaluate": set(),
-    "catalog": set(),
+    "catalog": {"evaluate"},
     "store": set(),
     "observe": set(),
     "cluster": {"engine", "journal", "models", "observe", "residency", "scheduler", "store"},

@@ -20,6 +20,7 @@ from openmint.api.routes import (
     tinker_sampling,
     tinker_session,
     tinker_training,
+    traffic,
 )
 from openmint.service.gateway import Gateway
 
@@ -33,6 +34,7 @@ ROUTERS = (
     health.router,
     metrics.router,
     catalog.router,
+    traffic.router,
     tenants.router,
 )
 """Those that are asked most come first: a request tries the routes one after another."""

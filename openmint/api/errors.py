@@ -7,6 +7,8 @@ envelope), and problem details (RFC 9457) on everything else.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -57,11 +59,18 @@ def status_of(error: errors.OpenMintError, path: str) -> int:
 
 
 def error_response(
-    path: str, status: int, code: str, message: str, request_id: str, param: str | None = None
+    path: str,
+    status: int,
+    code: str,
+    message: str,
+    request_id: str,
+    param: str | None = None,
+    failures: Sequence[Mapping[str, Any]] | None = None,
 ) -> Response:
     """The answer in the dialect of `path`; always with a body and a Content-Length.
 
-    `param` names the request field that is wrong, for the dialects that say so.
+    `param` names the request field that is wrong, for the dialects that say so; `failures` lists
+    the gates that a revision did not pass, as a member of problem details.
     """
     headers = {"X-Request-Id": request_id}
     if status == 401:
@@ -80,6 +89,8 @@ def error_response(
         "detail": _encodable(message),
         "request_id": request_id,
     }
+    if failures is not None:
+        content["failures"] = list(failures)
     return JSONResponse(content, status, headers, media_type="application/problem+json")
 
 
@@ -121,7 +132,8 @@ async def _openmint_error(request: Request, error: Exception) -> Response:
     path = request.url.path
     status = status_of(error, path)
     request_id, param = request_id_of(request), getattr(error, "param", None)
-    response = error_response(path, status, error.code, error.message, request_id, param)
+    failures = getattr(error, "failures", None)
+    response = error_response(path, status, error.code, error.message, request_id, param, failures)
     if isinstance(error, errors.Overloaded):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
     return response

@@ -14,6 +14,8 @@ SEGMENTS: tuple[Segment, ...] = ("weights", "sampler_weights", "external_weights
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 DIGEST_PREFIX = re.compile(r"sha256:[0-9a-f]{12,64}")
 SHOWN_CHARS = 300
+LATEST = "latest"
+"""The alias that follows every save and import of a policy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, select
 
 from openmint.catalog import tables as t
-from openmint.catalog.address import PolicyAddress
+from openmint.catalog.address import LATEST, PolicyAddress
+from openmint.catalog.alias_rows import (
+    NO_CANARY,
+    check_version,
+    find_alias,
+    known_alias,
+    write_alias,
+)
 from openmint.catalog.audit import note_event
-from openmint.catalog.database import Database, now
+from openmint.catalog.canaries import end_canary, is_on_canary, running_canary
+from openmint.catalog.database import Database
+from openmint.catalog.gates import pass_gates
 from openmint.catalog.policies import find_policy, get_or_create
 from openmint.catalog.records import (
     Alias,
     AliasAction,
     AliasEvent,
+    GateFailure,
     Policy,
     Resolved,
     Revision,
@@ -42,13 +52,8 @@ from openmint.catalog.rows import (
 from openmint.errors import Conflict, NotFound
 from openmint.types import BaseInfo, Digest, Tenant
 
-LATEST = "latest"
 SERVED = "prod"
-
-
-def find_alias(connection: Connection, policy_id: int, name: str) -> Alias | None:
-    wanted = (t.alias.c.policy_id == policy_id) & (t.alias.c.name == name)
-    return one(connection, Alias, ALIASES.where(wanted))
+CANARY = (t.alias.c.canary_digest, t.alias.c.canary_share)
 
 
 def move_alias(
@@ -61,50 +66,72 @@ def move_alias(
     actor: str,
     reason: str = "",
     expected_version: int | None = None,
+    overridden: Sequence[GateFailure] = (),
+    override_reason: str | None = None,
 ) -> Alias:
-    """The alias, now naming `digest`; moving it where it is changes and records nothing.
+    """The alias, now naming `digest` to everyone; moving it where it is changes and records
+    nothing.
 
     `expected_version` 0 means that the alias must be new. Raises NotFound for a revision that is
-    not the policy's or was deleted, Conflict when the version is another one.
+    not the policy's or was deleted, Conflict when the version is another one, or while a canary of
+    another revision runs.
     """
     target = find_live_revision(connection, policy, digest)
     before = find_alias(connection, policy.policy_id, name)
-    version = before.version if before else 0
-    if expected_version is not None and expected_version != version:
-        raise Conflict(
-            f"alias {name!r} of {policy.name!r} is at version {version}, not {expected_version}; "
-            "read it again"
-        )
+    check_version(policy, name, before, expected_version)
     if before and before.digest == digest:
         return before
+    if before and action != "rollback" and before.canary_digest not in (None, digest):
+        raise Conflict(
+            f"canary {before.canary_digest} of alias {name!r} is running; finish or abort it first"
+        )
     if target.ephemeral:
         keep_revision(connection, policy, digest)  # a later rollback may want it
-    moved = {"digest": digest, "version": version + 1, "updated_at": now()}
-    if before is None:
-        row = {"policy_id": policy.policy_id, "name": name, **moved}
-        connection.execute(t.alias.insert().values(**row))
-    else:
-        this = (t.alias.c.policy_id == policy.policy_id) & (t.alias.c.name == name)
-        connection.execute(update(t.alias).where(this).values(**moved))
-    came_from = before.digest if before else None
-    connection.execute(
-        t.alias_event.insert().values(
-            policy_id=policy.policy_id,
-            alias=name,
-            action=action,
-            from_digest=came_from,
-            to_digest=digest,
-            actor=actor,
-            reason=reason,
-            created_at=moved["updated_at"],
-        )
+    return write_alias(
+        connection,
+        policy,
+        name,
+        before,
+        {"digest": digest, **NO_CANARY},
+        action,
+        before.digest if before else None,
+        digest,
+        actor=actor,
+        reason=reason,
+        overridden=overridden,
+        override_reason=override_reason,
     )
-    details = {"from": came_from, "to": digest, "reason": reason}
-    subject = f"{policy.tenant}/{policy.name}@{name}"
-    note_event(connection, policy.tenant, actor, f"alias.{action}", subject, details)
-    after = find_alias(connection, policy.policy_id, name)
-    assert after is not None
-    return after
+
+
+def _move_through_gates(
+    connection: Connection,
+    policy: Policy,
+    name: str,
+    digest: Digest,
+    action: AliasAction,
+    *,
+    actor: str,
+    reason: str,
+    expected_version: int | None,
+    override_reason: str | None,
+) -> Alias:
+    before = find_alias(connection, policy.policy_id, name)
+    current = before.digest if before else None
+    overridden: list[GateFailure] = []
+    if digest != current:
+        overridden = pass_gates(connection, policy, name, digest, current, override_reason)
+    return move_alias(
+        connection,
+        policy,
+        name,
+        digest,
+        action,
+        actor=actor,
+        reason=reason,
+        expected_version=expected_version,
+        overridden=overridden,
+        override_reason=override_reason,
+    )
 
 
 class AliasRecords:
@@ -125,9 +152,12 @@ class AliasRecords:
     ) -> Alias:
         """Let `alias` name a revision. `digest` may be its start. Durable on return.
 
-        Raises NotFound, Conflict when the alias is not at `expected_version` (0: must be new).
+        Raises NotFound, Conflict when the alias is not at `expected_version` (0: must be new),
+        GateFailed.
         """
-        return self._move(tenant, policy, alias, digest, "set", actor, reason, expected_version)
+        return self._move(
+            tenant, policy, alias, digest, "set", actor, reason, expected_version, None
+        )
 
     def promote(
         self,
@@ -139,9 +169,23 @@ class AliasRecords:
         actor: str,
         reason: str = "",
         expected_version: int | None = None,
+        override_reason: str | None = None,
     ) -> Alias:
-        """Serve a revision under `alias`. As `set_alias`, with its own word in the history."""
-        return self._move(tenant, policy, alias, digest, "promote", actor, reason, expected_version)
+        """Serve a revision under `alias`. As `set_alias`, with its own word in the history.
+
+        With `override_reason` gates don't hold it back; the reason and what they found are kept.
+        """
+        return self._move(
+            tenant,
+            policy,
+            alias,
+            digest,
+            "promote",
+            actor,
+            reason,
+            expected_version,
+            override_reason,
+        )
 
     def _move(
         self,
@@ -153,10 +197,11 @@ class AliasRecords:
         actor: str,
         reason: str,
         expected_version: int | None,
+        override_reason: str | None,
     ) -> Alias:
         with self._database.write() as connection:
             owner = find_policy(connection, tenant, policy)
-            return move_alias(
+            return _move_through_gates(
                 connection,
                 owner,
                 alias,
@@ -165,6 +210,34 @@ class AliasRecords:
                 actor=actor,
                 reason=reason,
                 expected_version=expected_version,
+                override_reason=override_reason,
+            )
+
+    def finish_canary(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str,
+        *,
+        actor: str,
+        reason: str = "",
+        expected_version: int | None = None,
+        override_reason: str | None = None,
+    ) -> Alias:
+        """Promote the alias's canary. Raises as `promote`, and Conflict when there is none."""
+        with self._database.write() as connection:
+            owner = find_policy(connection, tenant, policy)
+            before = known_alias(connection, owner, alias, expected_version)
+            return _move_through_gates(
+                connection,
+                owner,
+                alias,
+                running_canary(owner, before),
+                "promote",
+                actor=actor,
+                reason=reason,
+                expected_version=expected_version,
+                override_reason=override_reason,
             )
 
     def rollback(
@@ -178,15 +251,17 @@ class AliasRecords:
         reason: str = "",
         expected_version: int | None = None,
     ) -> Alias:
-        """Go back to `to_digest`, or to what the alias named before and is not deleted.
+        """Go back to `to_digest`, or undo what came last: a running canary is aborted; without one
+        the alias names what it named before and is not deleted.
 
         Raises NotFound for an unknown alias or revision, Conflict when nothing lies before, or
         when the alias is not at `expected_version`.
         """
         with self._database.write() as connection:
             owner = find_policy(connection, tenant, policy)
-            if find_alias(connection, owner.policy_id, alias) is None:
-                raise NotFound(f"policy {policy!r} has no alias {alias[:200]!r}")
+            before = known_alias(connection, owner, alias, expected_version)
+            if to_digest is None and before.canary_digest is not None:
+                return end_canary(connection, owner, before, actor=actor, reason=reason)
             if to_digest is None:
                 target = _previous(connection, owner, alias)
             else:
@@ -268,9 +343,11 @@ class AliasRecords:
             query = query.order_by(t.alias_event.c.event_id.desc()).limit(min(limit, MAX_LIST))
             return many(connection, AliasEvent, query)
 
-    def resolve(self, tenant: Tenant, text: str) -> Resolved:
+    def resolve(self, tenant: Tenant, text: str, split_key: str | None = None) -> Resolved:
         """What an address means to `tenant` now; a bare policy is `prod` when set, else `latest`.
 
+        Where the alias has a canary, the request's `split_key` decides which of the two is meant;
+        without a key it is never the canary.
         Raises InvalidRequest for what is no address, NotFound, for another tenant's too.
         """
         address = PolicyAddress.parse(text)
@@ -281,25 +358,41 @@ class AliasRecords:
                 owner = find_policy(connection, tenant, address.policy)
                 return Resolved(find_by_prefix(connection, owner, address.digest_prefix), None)
             names = (address.alias,) if address.alias else (SERVED, LATEST)
-            if resolved := _aliased(connection, tenant, address.policy, names):
+            if resolved := _aliased(connection, tenant, address.policy, names, split_key):
                 return resolved
             find_policy(connection, tenant, address.policy)
         raise NotFound(f"policy {address.policy!r} has no alias {address.alias or LATEST!r}")
 
 
 def _aliased(
-    connection: Connection, tenant: Tenant, policy: str, names: Sequence[str]
+    connection: Connection,
+    tenant: Tenant,
+    policy: str,
+    names: Sequence[str],
+    split_key: str | None,
 ) -> Resolved | None:
-    """What the first of the aliases that is there names."""
+    """What the first of the aliases that is there means; a canary costs one further query, and only
+    those that go there."""
     query = _ALIASED.where(
         t.policy.c.tenant == tenant, t.policy.c.name == policy, t.alias.c.name.in_(names)
     )
     found = {row["alias"]: row for row in connection.execute(query).mappings()}
     name = next((name for name in names if name in found), None)
-    return None if name is None else Resolved(to_record(Revision, found[name]), name)
+    if name is None:
+        return None
+    row = found[name]
+    canary, share = row["canary_digest"], row["canary_share"]
+    if canary is None or split_key is None:
+        return Resolved(to_record(Revision, row), name)
+    if not is_on_canary(tenant, policy, name, split_key, share):
+        return Resolved(to_record(Revision, row), name)
+    this = (t.revision.c.policy_id == row["policy_id"]) & (t.revision.c.digest == canary)
+    revision = one(connection, Revision, REVISIONS.where(this))
+    assert revision is not None
+    return Resolved(revision, name)
 
 
-_ALIASED = REVISIONS.add_columns(t.alias.c.name.label("alias")).join(
+_ALIASED = REVISIONS.add_columns(t.alias.c.name.label("alias"), *CANARY).join(
     t.alias,
     (t.alias.c.policy_id == t.revision.c.policy_id) & (t.alias.c.digest == t.revision.c.digest),
 )
@@ -309,7 +402,8 @@ def past_of(connection: Connection, policy_id: int, alias: str) -> list[Digest]:
     """What the alias names, last, above all that it may be rolled back to, one after another."""
     event = t.alias_event.c
     mine = (event.policy_id == policy_id) & (event.alias == alias)
-    query = select(event.action, event.to_digest).where(mine).order_by(event.event_id)
+    moves = mine & event.action.in_(("set", "promote", "rollback"))
+    query = select(event.action, event.to_digest).where(moves).order_by(event.event_id)
     stack: list[Digest] = []
     for action, target in connection.execute(query):
         if action == "rollback" and target in stack:

@@ -11,20 +11,24 @@ from __future__ import annotations
 from openmint.catalog.aliases import AliasRecords
 from openmint.catalog.audit import AuditRecords
 from openmint.catalog.bases import BaseRecords
+from openmint.catalog.canaries import CanaryRecords
 from openmint.catalog.checkpoints import CheckpointRecords, SamplerRecords
 from openmint.catalog.database import Database
 from openmint.catalog.evaluations import EvaluationRecords
 from openmint.catalog.garbage import GarbageRecords
+from openmint.catalog.gates import GateRecords
 from openmint.catalog.imports import ImportRecords
 from openmint.catalog.keys import KeyRecords, load_pepper
 from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.requests import RequestRecords
 from openmint.catalog.retention import RetentionRecords
 from openmint.catalog.revisions import RevisionRecords
+from openmint.catalog.schedules import ScheduleRecords
 from openmint.catalog.search import SearchRecords
 from openmint.catalog.sessions import SessionRecords
 from openmint.catalog.tags import TagRecords
 from openmint.catalog.tenants import TenantRecords
+from openmint.catalog.watches import WatchRecords
 
 
 class Catalog(
@@ -40,6 +44,10 @@ class Catalog(
     SamplerRecords,
     AliasRecords,
     ImportRecords,
+    CanaryRecords,
+    GateRecords,
+    WatchRecords,
+    ScheduleRecords,
     EvaluationRecords,
     AuditRecords,
     GarbageRecords,

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
 
 from openmint.catalog import tables as t
-from openmint.catalog.aliases import LATEST, move_alias
+from openmint.catalog.address import LATEST
+from openmint.catalog.aliases import move_alias
 from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
 from openmint.catalog.garbage import doom

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Float, cast, func, update
@@ -111,10 +111,17 @@ class EvaluationRecords:
             note_event(connection, tenant, "", "evaluation.create", str(evaluation_id), details)
             return _find(connection, tenant, evaluation_id)
 
-    def finish_evaluation(self, tenant: Tenant, evaluation_id: int, num_correct: int) -> Evaluation:
-        """The evaluation with its score. Raises NotFound."""
+    def finish_evaluation(
+        self, tenant: Tenant, evaluation_id: int, outcomes: Sequence[bool]
+    ) -> Evaluation:
+        """The evaluation with its score, from whether each answer was right. Raises NotFound."""
+        num_correct = sum(outcomes)
         num_items = cast(func.nullif(t.evaluation.c.num_items, 0), Float)
-        values = {"num_correct": num_correct, "score": num_correct / num_items}
+        values = {
+            "num_correct": num_correct,
+            "score": num_correct / num_items,
+            "outcomes": "".join("1" if right else "0" for right in outcomes),
+        }
         return self._end(tenant, evaluation_id, "finished", values)
 
     def fail_evaluation(self, tenant: Tenant, evaluation_id: int, error: str) -> Evaluation:

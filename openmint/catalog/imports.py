@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, func, select, update
 
 from openmint.catalog import tables as t
-from openmint.catalog.aliases import LATEST
+from openmint.catalog.address import LATEST
 from openmint.catalog.database import Database, now
 from openmint.catalog.rows import MAX_LIST, SavedBytes, blob_values
 from openmint.errors import InvalidRequest

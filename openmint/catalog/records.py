@@ -17,7 +17,7 @@ RunStatus = Literal["live", "closed", "lost"]
 RequestStatus = Literal["accepted", "done", "failed"]
 Segment = Literal["weights", "sampler_weights", "external_weights"]
 Origin = Literal["trained", "imported"]
-AliasAction = Literal["set", "promote", "rollback"]
+AliasAction = Literal["set", "promote", "rollback", "canary_start", "canary_share", "canary_abort"]
 EvaluationStatus = Literal["running", "finished", "failed"]
 
 
@@ -251,7 +251,7 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A movable name. `version` grows by one with every move."""
+    """A movable name. `version` grows by one with every change."""
 
     policy_id: int
     policy_name: str
@@ -259,6 +259,10 @@ class Alias:
     digest: Digest
     version: int
     updated_at: datetime
+    canary_digest: Digest | None
+    """A second revision, which answers a share of the requests."""
+    canary_share: float | None
+    canary_since: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +276,121 @@ class AliasEvent:
     actor: str
     reason: str
     created_at: datetime
+    share: float | None
+    """The canary's, from then on."""
+    override_reason: str | None
+    """Why it was moved past gates that the revision did not pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a revision must have shown on a task before an alias may name it."""
+
+    gate_id: int
+    policy_id: int
+    alias: str
+    task_name: str
+    task_digest: Digest | None
+    """None: the task that was last kept under the name."""
+    num_items: int | None
+    """How many items must have been asked at least; None: all."""
+    min_score: float | None
+    """The score to reach; None where the revision is compared."""
+    margin: float | None
+    """How much worse than what the alias names it may be; None where `min_score` is set."""
+    confidence: float
+    """Of the comparison, one-sided."""
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class GateFailure:
+    """A gate that a revision does not pass."""
+
+    gate_id: int
+    wanted: str
+    found: str
+    evaluation_id: int | None
+    """Of the revision on the gate's task; None where there is none that counts."""
+    score: float | None
+    bound: float | None
+    """Lower confidence bound of the difference to what the alias names."""
+    run: tuple[str, ...]
+    """Commands that bring what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What the mean of an online metric must be, or a revision loses an alias's traffic."""
+
+    watch_id: int
+    policy_id: int
+    alias: str
+    metric: str
+    at_least: float | None
+    """The least mean; None where `at_most` is set."""
+    at_most: float | None
+    confidence: float
+    """With which the mean must be on the wrong side."""
+    min_observations: int
+    window_seconds: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Values of a metric, each from 0 to 1, for answers of a policy's revision."""
+
+    policy: str
+    digest: Digest
+    metric: str
+    num: int
+    total: float
+    """Their sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchFinding:
+    """What a watch finds of one of its alias's revisions."""
+
+    watch: Watch
+    alias_version: int
+    digest: Digest
+    is_canary: bool
+    num: int
+    """Observations in the window, since the revision took its place."""
+    mean: float | None
+    low: float
+    high: float
+    """Confidence bounds of the mean."""
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """An evaluation that starts by itself on what an alias names."""
+
+    schedule_id: int
+    policy_id: int
+    alias: str
+    task: str
+    """Name or digest."""
+    num_items: int | None
+    every_hours: float | None
+    """None: whenever the alias names a revision that it did not name before."""
+    last_digest: Digest | None
+    next_at: datetime | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class DueEvaluation:
+    """A revision that a schedule wants evaluated now."""
+
+    tenant: Tenant
+    policy: str
+    digest: Digest
+    schedule: Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Retention: which revisions of a policy are kept once there are more than it wants.
 
-Kept are the newest that it wants, what an alias names, what the last moves of an alias but `latest`
-may be rolled back to, and what a published checkpoint or one with a time to live of its own holds.
-Unnamed saves are not counted: they go with their session. What is surplus is deleted with its
-checkpoints, and its bytes wait out the grace that `garbage.py` gives them.
+Kept are the newest that it wants, what an alias or its canary names, what the last moves of an
+alias but `latest` may be rolled back to, and what a published checkpoint or one with a time to live
+of its own holds. Unnamed saves are not counted: they go with their session. What is surplus is
+deleted with its checkpoints, and its bytes wait out the grace that `garbage.py` gives them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from sqlalchemy import Connection, Select, delete, func, or_, select, update
 
 from openmint.catalog import tables as t
-from openmint.catalog.aliases import LATEST, past_of
+from openmint.catalog.address import LATEST
+from openmint.catalog.aliases import past_of
 from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database
 from openmint.catalog.policies import find_policy
@@ -105,7 +106,8 @@ def _surplus(connection: Connection, policy: Policy, keep: Keep) -> list[Revisio
     newest = select(revision.number).where(mine, *_counted()).order_by(revision.number.desc())
     last_kept = newest.offset(wanted - 1).limit(1).scalar_subquery()
     named = select(alias.name).where(
-        alias.policy_id == policy.policy_id, alias.digest == revision.digest
+        alias.policy_id == policy.policy_id,
+        or_(alias.digest == revision.digest, alias.canary_digest == revision.digest),
     )
     query = REVISIONS.where(
         mine,

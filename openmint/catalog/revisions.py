@@ -269,8 +269,10 @@ class RevisionRecords:
         with self._database.write() as connection:
             owner = find_policy(connection, tenant, policy)
             found = find_by_prefix(connection, owner, digest)
-            named = (t.alias.c.policy_id == owner.policy_id) & (t.alias.c.digest == found.digest)
-            names = connection.execute(select(t.alias.c.name).where(named)).scalars().all()
+            alias = t.alias.c
+            named = (alias.digest == found.digest) | (alias.canary_digest == found.digest)
+            of_policy = select(alias.name).where(alias.policy_id == owner.policy_id, named)
+            names = connection.execute(of_policy).scalars().all()
             if names:
                 raise Conflict(
                     f"alias {names[0]!r} names revision {found.digest}; move the alias first"

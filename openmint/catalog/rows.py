@@ -17,14 +17,17 @@ from openmint.catalog.records import (
     Checkpoint,
     DoomedBlob,
     Evaluation,
+    Gate,
     Policy,
     RequestRecord,
     Revision,
     Run,
     Sampler,
+    Schedule,
     Session,
     TaskRecord,
     UsageHour,
+    Watch,
 )
 from openmint.types import Digest, LoraSpec
 
@@ -103,9 +106,13 @@ SAMPLERS = select(t.sampler)
 ALIASES = select(t.alias, t.policy.c.name.label("policy_name")).join_from(t.alias, t.policy)
 ALIAS_EVENTS = select(t.alias_event)
 TASKS = select(t.evaluation_task)
-EVALUATIONS = select(t.evaluation, t.policy.c.name.label("policy_name")).join_from(
-    t.evaluation, t.policy, isouter=True
-)
+GATES = select(t.gate)
+WATCHES = select(t.watch)
+SCHEDULES = select(t.schedule)
+EVALUATIONS = select(
+    *(column for column in t.evaluation.c if column is not t.evaluation.c.outcomes),
+    t.policy.c.name.label("policy_name"),
+).join_from(t.evaluation, t.policy, isouter=True)
 AUDIT_EVENTS = select(t.audit_event)
 DOOMED_BLOBS = select(t.doomed_blob)
 REQUESTS = select(t.request)
@@ -121,6 +128,9 @@ SHAPES: tuple[tuple[type[Any], Select[Any]], ...] = (
     (Sampler, SAMPLERS),
     (Alias, ALIASES),
     (AliasEvent, ALIAS_EVENTS),
+    (Gate, GATES),
+    (Watch, WATCHES),
+    (Schedule, SCHEDULES),
     (TaskRecord, TASKS),
     (Evaluation, EVALUATIONS),
     (AuditEvent, AUDIT_EVENTS),

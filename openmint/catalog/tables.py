@@ -271,6 +271,10 @@ alias = Table(
     _required("digest", TEXT),
     Column("version", INT64, nullable=False),
     _required("updated_at", Instant),
+    # A second revision, which answers a share of the requests; see catalog/canaries.py.
+    Column("canary_digest", TEXT),
+    Column("canary_share", Float),
+    Column("canary_since", Instant),
     PrimaryKeyConstraint("policy_id", "name"),
     Index(None, "policy_id", "digest"),
     sqlite_with_rowid=False,
@@ -288,7 +292,74 @@ alias_event = Table(
     _required("actor", TEXT),
     _required("reason", TEXT),
     _required("created_at", Instant),
+    Column("share", Float),
+    # Why gates that it did not pass were overruled.
+    Column("override_reason", TEXT),
     Index(None, "policy_id", "alias", "event_id"),
+)
+
+gate = Table(
+    "gate",
+    METADATA,
+    Column("gate_id", INT64, primary_key=True),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("alias", TEXT),
+    _required("task_name", TEXT),
+    Column("task_digest", TEXT),
+    Column("num_items", INT64),
+    # One of the two; see catalog/gates.py.
+    Column("min_score", Float),
+    Column("margin", Float),
+    Column("confidence", Float, nullable=False),
+    _required("created_at", Instant),
+    Index(None, "policy_id", "alias"),
+)
+
+watch = Table(
+    "watch",
+    METADATA,
+    Column("watch_id", INT64, primary_key=True),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("alias", TEXT),
+    _required("metric", TEXT),
+    # One of the two; see catalog/watches.py.
+    Column("at_least", Float),
+    Column("at_most", Float),
+    Column("confidence", Float, nullable=False),
+    Column("min_observations", INT64, nullable=False),
+    Column("window_seconds", INT64, nullable=False),
+    _required("created_at", Instant),
+    Index(None, "policy_id", "alias"),
+)
+
+observation = Table(
+    "observation",
+    METADATA,
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("digest", TEXT),
+    _required("metric", TEXT),
+    # When the short time begins whose values these are.
+    _required("span", Instant),
+    Column("num", INT64, nullable=False),
+    Column("total", Float, nullable=False),
+    PrimaryKeyConstraint("policy_id", "digest", "metric", "span"),
+    Index(None, "span"),
+    sqlite_with_rowid=False,
+)
+
+schedule = Table(
+    "schedule",
+    METADATA,
+    Column("schedule_id", INT64, primary_key=True),
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("alias", TEXT),
+    _required("task", TEXT),
+    Column("num_items", INT64),
+    Column("every_hours", Float),
+    Column("last_digest", TEXT),
+    Column("next_at", Instant),
+    _required("created_at", Instant),
+    Index(None, "policy_id", "alias"),
 )
 
 evaluation_task = Table(
@@ -321,6 +392,8 @@ evaluation = Table(
     Column("error", TEXT),
     _required("created_at", Instant),
     Column("finished_at", Instant),
+    # A digit for each item, 1 where the answer was right.
+    Column("outcomes", TEXT),
     Index(None, "tenant", "evaluation_id"),
     Index(None, "policy_id", "digest"),
     Index(None, "tenant", "task_name", "score", "evaluation_id"),

@@ -29,6 +29,12 @@ PolicyArgument = Annotated[str, typer.Argument(metavar="TENANT/POLICY")]
 LimitOption = Annotated[int, typer.Option(help="At most this many.", min=1)]
 AliasOption = Annotated[str, typer.Option("--alias", help="Name to move.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
+OverrideOption = Annotated[
+    str | None, typer.Option(help="Why it may pass gates that it fails; kept in the history.")
+]
+IfVersionOption = Annotated[
+    int | None, typer.Option(help="Only if the alias is still at this version.")
+]
 
 PrefixOption = Annotated[
     str | None, typer.Option("--prefix", help="Only policies whose name begins so.")
@@ -54,9 +60,10 @@ REVISION_COLUMNS = (
     "number", "digest", "num_optim_steps", "rank", "alpha", "size_bytes", "origin", "created_at",
 )  # fmt: skip
 POLL_SECONDS = 0.5
-ALIAS_COLUMNS = ("name", "digest", "version", "updated_at")
+ALIAS_COLUMNS = ("name", "digest", "version", "canary", "updated_at")
 EVENT_COLUMNS = (
-    "event_id", "action", "from_digest", "to_digest", "actor", "reason", "created_at",
+    "event_id", "action", "from_digest", "to_digest", "share", "actor", "reason",
+    "override_reason", "created_at",
 )  # fmt: skip
 
 
@@ -285,16 +292,15 @@ def promote(
     revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY@sha256:…|@ALIAS")],
     alias: AliasOption = "prod",
     reason: ReasonOption = "",
-    if_version: Annotated[
-        int | None, typer.Option(help="Only if the alias is still at this version.")
-    ] = None,
+    override: OverrideOption = None,
+    if_version: IfVersionOption = None,
     yes: YesFlag = False,
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = "",
     data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
-    """Point an alias at a revision; the next request is answered by it."""
+    """Point an alias at a revision that passes its gates; the next request is answered by it."""
     address = PolicyAddress.parse(revision)
     target = address.alias or address.digest_prefix
     if target is None:
@@ -303,29 +309,28 @@ def promote(
     confirm(f"Point {policy}@{alias} at {target}?", yes=yes)
     with connect(url, key, data) as remote:
         path = f"{policy_path(policy)}/aliases/{alias}/promote"
-        moved = remote.post(path, {"revision": target, "reason": reason}, if_match=if_version)
-    _show_move(policy, moved, as_json=as_json)
+        body = {"revision": target, "reason": reason, "override_reason": override}
+        moved = remote.post(path, body, if_match=if_version)
+    show_move(policy, moved, as_json=as_json)
 
 
 def rollback(
     policy: PolicyArgument,
     alias: AliasOption = "prod",
     reason: ReasonOption = "",
-    if_version: Annotated[
-        int | None, typer.Option(help="Only if the alias is still at this version.")
-    ] = None,
+    if_version: IfVersionOption = None,
     yes: YesFlag = False,
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = "",
     data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
-    """Point an alias back at what it named before its last move."""
+    """Undo an alias's last change: abort its canary, else point it back at what it named before."""
     path = f"{policy_path(policy)}/aliases/{alias}/rollback"
     confirm(f"Roll {policy}@{alias} back?", yes=yes)
     with connect(url, key, data) as remote:
         moved = remote.post(path, {"reason": reason}, if_match=if_version)
-    _show_move(policy, moved, as_json=as_json)
+    show_move(policy, moved, as_json=as_json)
 
 
 def prewarm(
@@ -405,7 +410,8 @@ def revision_path(revision: str) -> str:
     return f"{policy_path(f'{address.tenant}/{address.policy}')}/revisions/{which}"
 
 
-def _show_move(policy: str, moved: Any, *, as_json: bool) -> None:
+def show_move(policy: str, moved: Any, *, as_json: bool) -> None:
+    """What an alias names after a command moved it."""
     if as_json:
         show(moved, as_json=True)
     else:

@@ -93,6 +93,7 @@ class Service:
         store.start()
         self._gateway: Gateway = build_gateway(settings, catalog, store, self._workers)
         self._gateway.probes.counter = self._metrics
+        self._gateway.watching.counter = self._metrics
         self._metrics.watch_futures(self._gateway.futures.num_pending)
         self._stopping = asyncio.Event()
         self._failure: OpenMintError | None = None

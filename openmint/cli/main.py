@@ -19,6 +19,7 @@ from openmint.cli import (
     residency,
     tenants,
     tokenizer,
+    traffic,
     transfer,
 )
 from openmint.cli.output import err_console, exit_code_of
@@ -39,6 +40,7 @@ catalog_commands.register(app)
 chat.register(app)
 residency.register(app)
 tenants.register(app)
+traffic.register(app)
 transfer.register(app)
 doctor.register(app)
 

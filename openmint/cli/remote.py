@@ -72,8 +72,10 @@ class Remote:
         return items
 
     def post(self, path: str, body: dict[str, Any], *, if_match: int | None = None) -> Any:
-        headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
-        return self.send("POST", path, json=_present(body), headers=headers)
+        return self._send_body("POST", path, body, if_match)
+
+    def put(self, path: str, body: dict[str, Any], *, if_match: int | None = None) -> Any:
+        return self._send_body("PUT", path, body, if_match)
 
     def send(self, method: str, path: str, **options: Any) -> Any:
         """The JSON answer, or None. Raises the error of `openmint.errors` that the status stands
@@ -81,6 +83,10 @@ class Remote:
         response = self.client.request(method, path, **options)
         check(response)
         return response.json() if response.content else None
+
+    def _send_body(self, method: str, path: str, body: dict[str, Any], if_match: int | None) -> Any:
+        headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
+        return self.send(method, path, json=_present(body), headers=headers)
 
 
 def check(response: httpx.Response) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from openmint.evaluate.interval import wilson_interval
 from openmint.evaluate.scorers import is_right
@@ -19,8 +19,16 @@ class Progress:
     """Counts of one evaluation, growing while it runs."""
 
     num_items: int
-    num_done: int = 0
-    num_right: int = 0
+    outcomes: dict[int, bool] = field(default_factory=dict)
+    """Whether the answer to an item was right, by its index."""
+
+    @property
+    def num_done(self) -> int:
+        return len(self.outcomes)
+
+    @property
+    def num_right(self) -> int:
+        return sum(self.outcomes.values())
 
     @property
     def score(self) -> float:
@@ -46,11 +54,9 @@ async def run_task(
     async def ask_and_score(index: int, item: EvaluationItem) -> None:
         async with room:
             completion = await ask(index, item)
-            right = await asyncio.to_thread(
+            progress.outcomes[index] = await asyncio.to_thread(
                 is_right, task.scorer, completion, item.answer, task.choices
             )
-        progress.num_done += 1
-        progress.num_right += right
 
     items = task.items[: progress.num_items]
     asked = [asyncio.ensure_future(ask_and_score(i, item)) for i, item in enumerate(items)]

@@ -119,6 +119,12 @@ class Metrics:
             ("base", "outcome"),
             registry=registry,
         )
+        self.watch_actions = Counter(
+            "openmint_watch_actions",
+            "Failed watches: canary_abort, rollback, or nothing to go back to.",
+            ("action",),
+            registry=registry,
+        )
         build = Gauge("openmint_build_info", "Always 1.", ("version",), registry=registry)
         build.labels(version).set(1)
 
@@ -141,6 +147,10 @@ class Metrics:
     def observe_probe(self, base: str, outcome: str) -> None:
         """Count one probe of a revision."""
         self.probes.labels(base, outcome).inc()
+
+    def observe_watch(self, action: str) -> None:
+        """Count what a failed watch did."""
+        self.watch_actions.labels(action).inc()
 
     def observe_first_token(self, base: str, seconds: float) -> None:
         """Time to the first token of a streamed sample."""

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from openmint.errors import EngineFailed
+from openmint.errors import EngineFailed, NonFinite, Overloaded, ServiceError
 from openmint.scheduler.work import SampleDelta, SampleResult, SampleWork
 from openmint.service.choices import ChoiceText
 from openmint.service.limits import Limits
 from openmint.service.targets import Target, Targets
 from openmint.service.tokenizers import INLINE_CHARS, ChatMessage, Tokenizer, TokenizerCache
-from openmint.types import BaseInfo, IntArray, SamplingParams, Tenant
+from openmint.types import BaseInfo, Digest, IntArray, SamplingParams, Tenant
 from openmint.wire.openai import (
     ChatRequest,
     Choice,
@@ -39,6 +39,12 @@ DEFAULT_COMPLETION_TOKENS = 16
 T = TypeVar("T")
 
 
+class AnswerCounter(Protocol):
+    """Counts the answers of a policy's revision, and those that the engine failed to give."""
+
+    def note_answer(self, tenant: Tenant, policy: str, digest: Digest, *, failed: bool) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Completions:
     """Admits completion requests."""
@@ -46,10 +52,11 @@ class Completions:
     targets: Targets
     tokenizers: TokenizerCache
     limits: Limits
+    counter: AnswerCounter
 
     async def open_chat(self, tenant: Tenant, request: ChatRequest) -> Answer:
         """An admitted chat. Raises NotFound for the model, InvalidField for what cannot run."""
-        target = self.targets.resolve(tenant, request.model)
+        target = self.targets.resolve(tenant, request.model, _split_key(request))
         self.limits.check_sample(tenant, target.revision)
         return await self.admit_chat(
             tenant, target, request.model, request.messages, request.drawing
@@ -57,7 +64,7 @@ class Completions:
 
     async def open_completion(self, tenant: Tenant, request: CompletionRequest) -> Answer:
         """Admitted prompts. Raises NotFound for the model, InvalidField for what cannot run."""
-        target = self.targets.resolve(tenant, request.model)
+        target = self.targets.resolve(tenant, request.model, _split_key(request))
         self.limits.check_sample(tenant, target.revision)
         return await self.admit_prompts(
             tenant, target, request.model, request.prompts, request.drawing
@@ -78,7 +85,7 @@ class Completions:
         prompt_T = await encode_chat(tokenizer, messages)
         params = _params(drawing, target.base, len(prompt_T), "messages", None)
         work = _work(tenant, target, prompt_T, params, drawing)
-        return Answer(target, tokenizer, drawing, _ran(model, target), (work,))
+        return Answer(target, tokenizer, drawing, _ran(model, target), (work,), self.counter)
 
     async def admit_prompts(
         self,
@@ -97,7 +104,8 @@ class Completions:
             limit = DEFAULT_COMPLETION_TOKENS
             params = _params(drawing, target.base, len(prompt_T), where, limit)
             works.append(_work(tenant, target, prompt_T, params, drawing))
-        return Answer(target, tokenizer, drawing, _ran(model, target), tuple(works))
+        ran = _ran(model, target)
+        return Answer(target, tokenizer, drawing, ran, tuple(works), self.counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,7 @@ class Answer:
     drawing: Drawing
     ran: Ran
     works: tuple[SampleWork, ...]
+    counter: AnswerCounter
 
     async def whole(self) -> tuple[list[Choice], Usage]:
         """Every choice, finished. Cancelling frees the engine's pages.
@@ -156,10 +165,11 @@ class Answer:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _call(self, work: SampleWork) -> SampleResult:
-        result = await self.target.client.call(work)
-        assert isinstance(result, SampleResult)
-        self._check(result)
-        return result
+        with self._counted(work):
+            result = await self.target.client.call(work)
+            assert isinstance(result, SampleResult)
+            self._check(result)
+            return result
 
     async def _pump(
         self,
@@ -170,20 +180,39 @@ class Answer:
         """Feed one prompt's pieces, then its result, to `queue`; a failure goes there too."""
         texts = [self._choice_text(prompt_index, i) for i in range(work.num_samples)]
         try:
-            async with aclosing(self.target.client.stream(work)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    if isinstance(event, SampleDelta):
-                        text = texts[event.sample_index]
-                        shown = text.feed(event.tokens, event.logprobs, event.top_logprobs)
-                        if shown:
-                            queue.put_nowait(shown)
-                    else:
-                        self._check(event)
-                        for text, sequence in zip(texts, event.sequences, strict=True):
-                            queue.put_nowait(text.finish(sequence.stop_reason))
-                        queue.put_nowait(event)
+            with self._counted(work):
+                async with aclosing(self.target.client.stream(work)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        if isinstance(event, SampleDelta):
+                            text = texts[event.sample_index]
+                            shown = text.feed(event.tokens, event.logprobs, event.top_logprobs)
+                            if shown:
+                                queue.put_nowait(shown)
+                        else:
+                            self._check(event)
+                            for text, sequence in zip(texts, event.sequences, strict=True):
+                                queue.put_nowait(text.finish(sequence.stop_reason))
+                            queue.put_nowait(event)
         except Exception as error:
             queue.put_nowait(error)
+
+    @contextmanager
+    def _counted(self, work: SampleWork) -> Iterator[None]:
+        """Count the answer for its alias: failed when the engine, not the caller, is to blame."""
+        try:
+            yield
+        except Overloaded:
+            raise
+        except (ServiceError, NonFinite):
+            self._count(work, failed=True)
+            raise
+        self._count(work, failed=False)
+
+    def _count(self, work: SampleWork, *, failed: bool) -> None:
+        target = self.target
+        if target.alias and target.policy and target.revision:
+            policy = target.policy.partition("/")[2]
+            self.counter.note_answer(work.tenant, policy, target.revision, failed=failed)
 
     def _check(self, result: SampleResult) -> None:
         pinned = (self.target.revision, self.target.base.digest)
@@ -291,6 +320,11 @@ def _work(
         priority=drawing.priority,
         load_seconds=drawing.load_seconds,
     )
+
+
+def _split_key(request: ChatRequest | CompletionRequest) -> str:
+    """Whose request it is; one that doesn't say is nobody else's."""
+    return request.client or secrets.token_hex(16)
 
 
 def _ran(model: str, target: Target) -> Ran:

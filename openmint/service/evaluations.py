@@ -189,7 +189,7 @@ class Evaluations:
             log.error("evaluation_failed", evaluation_id=evaluation_id, exc_info=error)
             await self._fail(tenant, evaluation_id, "unexpected failure; see the service's log")
         else:
-            await self._finish(tenant, evaluation_id, progress.num_right)
+            await self._finish(tenant, evaluation_id, progress)
         finally:
             self._running.pop(evaluation_id, None)
             self._num_held[tenant] -= 1
@@ -206,10 +206,12 @@ class Evaluations:
         choices, _ = await (await admit).whole()
         return choices[0].text
 
-    async def _finish(self, tenant: Tenant, evaluation_id: int, num_right: int) -> None:
-        finish = partial(self._catalog.finish_evaluation, tenant, evaluation_id, num_right)
+    async def _finish(self, tenant: Tenant, evaluation_id: int, progress: Progress) -> None:
+        outcomes = [progress.outcomes[i] for i in range(progress.num_items)]
+        finish = partial(self._catalog.finish_evaluation, tenant, evaluation_id, outcomes)
         if not await _written(finish, evaluation_id):
-            message = f"the score, {num_right} right, could not be written; see the service's log"
+            right = f"{progress.num_right} right"
+            message = f"the score, {right}, could not be written; see the service's log"
             await self._fail(tenant, evaluation_id, message)
 
     async def _fail(self, tenant: Tenant, evaluation_id: int, message: str) -> None:

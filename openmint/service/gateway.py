@@ -27,11 +27,13 @@ from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
 from openmint.service.retention import Retention
 from openmint.service.sampling import Sampling
+from openmint.service.schedules import Schedules
 from openmint.service.sessions import Sessions
 from openmint.service.snapshots import Snapshots
 from openmint.service.targets import Targets
 from openmint.service.tokenizers import TokenizerCache
 from openmint.service.training import Training
+from openmint.service.watching import Watching
 from openmint.service.workers import Workers
 from openmint.store.blobs import BlobStore
 
@@ -58,8 +60,10 @@ class Gateway:
     completions: Completions
     promotion: Promotion
     prewarming: Prewarming
+    watching: Watching
     adapters: Adapters
     evaluations: Evaluations
+    schedules: Schedules
     snapshots: Snapshots
     probes: Probes
     limits: Limits
@@ -90,6 +94,8 @@ class Gateway:
         await self.training.forget(self.futures.sweep(now))
         await self.training.keep_records()
         await self.meter.flush()
+        await self.watching.flush()
+        await self.schedules.start_due()
         await self.sessions.keep_time(now)
         await self.checkpoints.expire()
         await self.retention.apply()
@@ -138,7 +144,9 @@ def build_gateway(
     )
     targets = Targets(catalog, workers, sampling)
     prewarming = Prewarming(targets)
-    completions = Completions(targets, TokenizerCache(), limits)
+    watching = Watching(catalog, prewarming)
+    completions = Completions(targets, TokenizerCache(), limits, watching)
+    evaluations = Evaluations(catalog, completions)
     training.restore()
     return Gateway(
         settings,
@@ -155,8 +163,10 @@ def build_gateway(
         completions,
         Promotion(catalog, prewarming),
         prewarming,
+        watching,
         Adapters(catalog, store, workers, collector, probes, limits),
-        Evaluations(catalog, completions),
+        evaluations,
+        Schedules(catalog, evaluations),
         Snapshots(catalog, workers, training, collector, service),
         probes,
         limits,

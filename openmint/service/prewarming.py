@@ -37,9 +37,9 @@ class Prewarming:
         targets = [self.targets.resolve(tenant, model) for model in models]
         return await together([_load(tenant, target, load_seconds) for target in targets])
 
-    def after_move(self, tenant: Tenant, policy: str, alias: str) -> None:
+    def after_move(self, tenant: Tenant, policy: str, digest: Digest) -> None:
         """What an alias names now is likely to be asked for soon."""
-        task = asyncio.create_task(self._follow(tenant, f"{tenant}/{policy}@{alias}"))
+        task = asyncio.create_task(self._follow(tenant, f"{tenant}/{policy}@{digest}"))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -1,4 +1,4 @@
-"""Which revision an alias names: promotion and rollback, one transaction each. Tags, too.
+"""Which revision an alias names: promotion, canary and rollback, one transaction each. Tags, too.
 
 The change holds for every request admitted after it returns; a request in flight keeps the revision
 that it was admitted with. Lives on the event loop; writes run in threads.
@@ -39,12 +39,14 @@ class Promotion:
         actor: str,
         reason: str,
         expected_version: int | None,
+        override_reason: str | None,
     ) -> Alias:
         """Point `alias` at the revision that `reference` names within the policy.
 
         Durable on return. A retry is harmless: it adds an event that moves nothing. Raises
         NotFound, InvalidRequest for a malformed name, Conflict when the alias is not at
-        `expected_version` any more.
+        `expected_version` any more, GateFailed without an `override_reason` when the revision does
+        not pass the alias's gates.
         """
         revision = self.revision(tenant, policy, reference)
         moved = await asyncio.to_thread(
@@ -56,8 +58,9 @@ class Promotion:
             actor=actor,
             reason=reason,
             expected_version=expected_version,
+            override_reason=override_reason,
         )
-        self.prewarming.after_move(tenant, policy, alias)
+        self.prewarming.after_move(tenant, policy, moved.digest)
         log.info("promoted", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)
         return moved
 
@@ -71,7 +74,8 @@ class Promotion:
         reason: str,
         expected_version: int | None,
     ) -> Alias:
-        """Point `alias` back at what it named before. Durable on return.
+        """Undo what came last: abort a running canary, else point `alias` back at what it named
+        before. Durable on return.
 
         Raises NotFound, Conflict when there is nothing before or the version has changed.
         """
@@ -84,9 +88,96 @@ class Promotion:
             reason=reason,
             expected_version=expected_version,
         )
-        self.prewarming.after_move(tenant, policy, alias)
+        self.prewarming.after_move(tenant, policy, moved.digest)
         log.info("rolled_back", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)
         return moved
+
+    async def set_canary(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str,
+        reference: str | None,
+        share: float,
+        *,
+        actor: str,
+        reason: str,
+        expected_version: int | None,
+    ) -> Alias:
+        """Give a share of the alias's traffic to the revision that `reference` names, or to the one
+        that has a share already. Durable on return; a retry changes nothing.
+
+        Raises NotFound, InvalidRequest for a share outside (0, 1], Conflict while another canary
+        runs or when the version has changed.
+        """
+        digest = self.revision(tenant, policy, reference).digest if reference else None
+        changed = await asyncio.to_thread(
+            self.catalog.set_canary,
+            tenant,
+            policy,
+            alias,
+            digest,
+            share,
+            actor=actor,
+            reason=reason,
+            expected_version=expected_version,
+        )
+        assert changed.canary_digest is not None
+        self.prewarming.after_move(tenant, policy, changed.canary_digest)
+        canary = changed.canary_digest
+        log.info("canary", policy=f"{tenant}/{policy}", alias=alias, digest=canary, share=share)
+        return changed
+
+    async def finish_canary(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str,
+        *,
+        actor: str,
+        reason: str,
+        expected_version: int | None,
+        override_reason: str | None,
+    ) -> Alias:
+        """Promote the canary. Raises as `promote`, and Conflict when there is none."""
+        moved = await asyncio.to_thread(
+            self.catalog.finish_canary,
+            tenant,
+            policy,
+            alias,
+            actor=actor,
+            reason=reason,
+            expected_version=expected_version,
+            override_reason=override_reason,
+        )
+        log.info("promoted", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)
+        return moved
+
+    async def abort_canary(
+        self,
+        tenant: Tenant,
+        policy: str,
+        alias: str,
+        *,
+        actor: str,
+        reason: str,
+        expected_version: int | None,
+    ) -> Alias:
+        """All traffic back to what the alias names. Durable on return.
+
+        Raises NotFound, Conflict when there is no canary or the version has changed.
+        """
+        kept = await asyncio.to_thread(
+            self.catalog.abort_canary,
+            tenant,
+            policy,
+            alias,
+            actor=actor,
+            reason=reason,
+            expected_version=expected_version,
+        )
+        log.info("canary_aborted", policy=f"{tenant}/{policy}", alias=alias, digest=kept.digest)
+        return kept
 
     async def delete_revision(
         self, tenant: Tenant, policy: str, digest: Digest, *, actor: str

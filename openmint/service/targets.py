@@ -4,7 +4,8 @@
 |-----------------------------------------|--------------------------------------------------|
 | the name of a base                      | the base itself                                  |
 | tenant/policy                           | alias `prod` when it is set, else `latest`       |
-| tenant/policy@alias                     | the revision that the alias names now            |
+| tenant/policy@alias                     | the revision that the alias names now, or its    |
+|                                         | canary, for requests with a key                  |
 | tenant/policy@sha256:…                  | that revision                                    |
 | tinker://<run>/sampler_weights/<name>   | that checkpoint                                  |
 | <session>:sample:<n>                    | what that sampling session is bound to           |
@@ -61,8 +62,9 @@ class Targets:
     workers: Workers
     sampling: Sampling
 
-    def resolve(self, tenant: Tenant, model: str) -> Target:
-        """What `model` means to the tenant now.
+    def resolve(self, tenant: Tenant, model: str, split_key: str | None = None) -> Target:
+        """What `model` means to the tenant now; `split_key` says whose request it is, where an
+        alias has a canary.
 
         Raises NotFound for what is not there, or another tenant's; InvalidRequest for a malformed
         address.
@@ -76,7 +78,7 @@ class Targets:
         if SAMPLER_ID.fullmatch(model):
             sampler = self.sampling.get(tenant, model)
             return self._bound(sampler.base, sampler.revision)
-        return self._policy_target(tenant, model)
+        return self._policy_target(tenant, model, split_key)
 
     def list_models(self, tenant: Tenant) -> tuple[list[ModelCard], bool]:
         """The bases, and the tenant's policies under each alias; whether there are more."""
@@ -100,13 +102,13 @@ class Targets:
             created = int(policy.created_at.timestamp())
         return ModelCard(model, owner, created, target.base.name, target.revision)
 
-    def _policy_target(self, tenant: Tenant, model: str) -> Target:
+    def _policy_target(self, tenant: Tenant, model: str, split_key: str | None) -> Target:
         try:
             address = PolicyAddress.parse(model)
         except InvalidRequest as error:
             bases = ", ".join(sorted(client.base.name for client in self.workers.first()))
             raise NotFound(f"no such model: {error.message}, nor a base ({bases})") from None
-        resolved = self.catalog.resolve(tenant, str(address))
+        resolved = self.catalog.resolve(tenant, str(address), split_key)
         revision = resolved.revision
         client = self.workers.to_sample(revision.base_digest, revision.digest)
         policy = f"{revision.tenant}/{revision.policy_name}"

@@ -34,6 +34,8 @@ from openmint.wire.requests import Body
 Json = dict[str, Any]
 
 Reason = Annotated[str, Field(max_length=1000)]
+Override = Annotated[str, Field(min_length=1, max_length=1000)]
+"""Why a revision is promoted that does not pass the alias's gates."""
 Version = Annotated[int, Field(ge=0, lt=1 << 62)]
 """What the alias must still be at; 0 means that it must be new."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
@@ -47,10 +49,11 @@ class Promote(Body):
     revision: Reference
     reason: Reason = ""
     if_version: Version | None = None
+    override_reason: Override | None = None
 
 
 class Rollback(Body):
-    """Point an alias back at what it named before its last move."""
+    """Undo an alias's last change: abort its canary, else point it back at what it named before."""
 
     reason: Reason = ""
     if_version: Version | None = None
@@ -198,11 +201,16 @@ def encode_spec(spec: LoraSpec) -> Json:
 
 
 def encode_alias(alias: Alias) -> Json:
+    canary = None
+    if alias.canary_digest is not None:
+        since = _time(alias.canary_since)
+        canary = {"digest": alias.canary_digest, "share": alias.canary_share, "since": since}
     return {
         "name": alias.name,
         "digest": alias.digest,
         "version": alias.version,
         "updated_at": _time(alias.updated_at),
+        "canary": canary,
     }
 
 
@@ -215,6 +223,8 @@ def encode_alias_event(event: AliasEvent) -> Json:
         "to_digest": event.to_digest,
         "actor": event.actor,
         "reason": event.reason,
+        "share": event.share,
+        "override_reason": event.override_reason,
         "created_at": _time(event.created_at),
     }
 

@@ -53,8 +53,11 @@ COMMON_FIELDS = frozenset(
 )
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt"}
-INERT_FIELDS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
-"""Accepted with any value, because no answer depends on them."""
+CLIENT_FIELDS = ("safety_identifier", "user", "prompt_cache_key")
+"""Accepted with any value. The first that is there says whose request it is, which matters only
+where an alias has a canary: the same client stays on the same side."""
+INERT_FIELDS = frozenset({"metadata", *CLIENT_FIELDS})
+"""Accepted with any value, because no revision's answer depends on them."""
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -120,6 +123,8 @@ class ChatRequest:
     model: str
     messages: tuple[dict[str, str], ...]
     drawing: Drawing
+    client: str | None = None
+    """Whose request it is, if it says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,7 @@ class CompletionRequest:
     model: str
     prompts: tuple[str | tuple[int, ...], ...]
     drawing: Drawing
+    client: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +218,7 @@ def parse_chat(body: Json) -> ChatRequest:
         raise InvalidField("max_tokens", "differs from max_completion_tokens; send one of them")
     max_tokens = limits[0] if limits[0] is not None else limits[1]
     drawing = _drawing(body, max_tokens, logprobs, num_top or 0)
-    return ChatRequest(_model(body), parsed, drawing)
+    return ChatRequest(_model(body), parsed, drawing, _client(body))
 
 
 def parse_completion(body: Json) -> CompletionRequest:
@@ -223,7 +229,7 @@ def parse_completion(body: Json) -> CompletionRequest:
     prompts = _prompts(body.get("prompt"))
     if len(prompts) * drawing.n > MAX_CHOICES:
         raise InvalidField("prompt", f"prompts times n is at most {MAX_CHOICES}; send fewer")
-    return CompletionRequest(_model(body), prompts, drawing)
+    return CompletionRequest(_model(body), prompts, drawing, _client(body))
 
 
 def _drawing(body: Json, max_tokens: int | None, logprobs: bool, num_top: int) -> Drawing:
@@ -278,6 +284,13 @@ def _model(body: Json) -> str:
             "model", "must be a base, tenant/policy, …@alias, …@sha256:… or tinker://…"
         )
     return _unicode(model, "model")
+
+
+def _client(body: Json) -> str | None:
+    for name in CLIENT_FIELDS:
+        if body.get(name) is not None:
+            return json.dumps(body[name], sort_keys=True)
+    return None
 
 
 def _flag(body: Json, name: str) -> bool:

@@ -36,7 +36,7 @@ def test_an_evaluation_ends_with_a_score(catalog: Catalog) -> None:
     catalog.add_checkpoint(ANN, add_run(catalog), "sampler_weights", "one", blob(1))
     running = start(catalog, digest=digest_of(1))
     assert catalog.evaluation(ANN, running).score is None
-    done = catalog.finish_evaluation(ANN, running, 6)
+    done = catalog.finish_evaluation(ANN, running, [i < 6 for i in range(8)])
     assert (done.score, done.status, done.num_items) == (0.75, "finished", 8)
     assert done.finished_at is not None
     assert catalog.evaluations(ANN, policy="math", digest=digest_of(1)) == [done]

@@ -76,6 +76,14 @@ def test_what_an_alias_names_or_may_be_rolled_back_to_is_kept(ten: Catalog) -> N
     assert surplus(ten, THREE) == [3, 4]
 
 
+def test_a_canary_is_kept_while_it_has_traffic(ten: Catalog) -> None:
+    ten.promote(ANN, "math", "prod", digest_of(10), actor="ann")
+    ten.set_canary(ANN, "math", "prod", digest_of(2), 0.5, actor="ann")
+    assert surplus(ten, THREE) == [1, 3, 4, 5, 6, 7]
+    ten.abort_canary(ANN, "math", "prod", actor="ann")
+    assert 2 in surplus(ten, THREE)
+
+
 def test_latest_keeps_what_it_names_and_not_its_history(ten: Catalog) -> None:
     ten.set_alias(ANN, "math", "latest", digest_of(1), actor="ann")
     assert surplus(ten, Keep(1, 10)) == [2, 3, 4, 5, 6, 7, 8, 9]

@@ -94,6 +94,39 @@ class World:
         self.result("save_weights_for_sampler", model_id=self.run, path=name)
         return name
 
+    def make_alias(self) -> str:
+        """A new alias with a canary."""
+        name = self.name()
+        path = f"/catalog/v1/policies/{POLICY}/aliases/{name}"
+        for verb, call, body in (
+            ("POST", "promote", {"revision": self.digest}),
+            ("PUT", "canary", {"revision": self.second, "share": 0.5}),
+        ):
+            answer = self.ask(verb, f"{path}/{call}", self.keys["train"], json=body)
+            assert answer.status_code == 200, answer.text
+        return name
+
+    def make_schedule(self) -> int:
+        """The id of a new schedule, on an alias that names nothing."""
+        path = f"/catalog/v1/policies/{POLICY}/aliases/held/schedules"
+        answer = self.ask("POST", path, self.keys["train"], json={"task": "isolation"})
+        assert answer.status_code == 201, answer.text
+        return int(answer.json()["schedule_id"])
+
+    def make_watch(self) -> int:
+        """The id of a new watch, on an alias of its own."""
+        path = f"/catalog/v1/policies/{POLICY}/aliases/held/watches"
+        answer = self.ask("POST", path, self.keys["train"], json=WATCH)
+        assert answer.status_code == 201, answer.text
+        return int(answer.json()["watch_id"])
+
+    def make_gate(self) -> int:
+        """The id of a new gate, on an alias of its own."""
+        path = f"/catalog/v1/policies/{POLICY}/aliases/held/gates"
+        answer = self.ask("POST", path, self.keys["train"], json=GATE)
+        assert answer.status_code == 201, answer.text
+        return int(answer.json()["gate_id"])
+
     def things(self) -> list[str]:
         """What no other tenant may ever read."""
         return [self.session, self.run, self.digest, self.sample, POLICY]
@@ -120,12 +153,11 @@ class World:
             base_model=self.base,
         )["sampling_session_id"]
         self.sample = self.tinker("asample", **sample_of(self))["request_id"]
-        config, weights = peft_adapter(5)
         headers = {"X-API-Key": self.keys["train"]}
         with httpx.Client(base_url=self.http.base_url, headers=headers) as form:
-            made = send_form(form, POLICY, config, weights, base=self.base)
-        assert made.status_code == 201, made.text
-        self.digest = made.json()["digest"]
+            made = [send_form(form, POLICY, *peft_adapter(i), base=self.base) for i in (6, 5)]
+        assert [answer.status_code for answer in made] == [201, 201], made[-1].text
+        self.second, self.digest = (answer.json()["digest"] for answer in made)
         for reference in (self.digest, "latest"):
             path = f"/catalog/v1/policies/{POLICY}/aliases/prod/promote"
             answer = self.ask("POST", path, self.keys["train"], json={"revision": reference})
@@ -135,6 +167,9 @@ class World:
         started = self.ask("POST", "/catalog/v1/evaluations", self.keys["train"], json=EVALUATION)
         assert started.status_code == 202, started.text
         self.evaluation = started.json()["evaluation_id"]
+        path = f"/catalog/v1/policies/{POLICY}/aliases/held/watches"
+        seen = {"metric": "seen", "at_least": 0.1}
+        assert self.ask("POST", path, self.keys["train"], json=seen).status_code == 201
 
 
 SMALL = {"rank": 1, "train_unembed": False}
@@ -156,6 +191,8 @@ TASK = {
     "max_tokens": 2,
 }
 EVALUATION = {"model": POLICY, "task": "isolation"}
+GATE = {"task": "isolation", "min_score": 0.5}
+WATCH = {"metric": "thumbs", "at_least": 0.5}
 
 Body = Callable[[World], Any]
 
@@ -192,6 +229,7 @@ def of_run(world: World) -> dict[str, Any]:
 
 
 SAVED: dict[str, Body] = {"segment": lambda w: "sampler_weights", "name": lambda w: "s"}
+HELD: dict[str, Body] = {"alias": lambda w: "held"}
 ANY = ("read", "serve", "train")
 USE = ("serve", "train")
 TRAIN = ("train",)
@@ -335,6 +373,38 @@ ROWS: dict[str, Row] = {
     f"GET {CATALOG}/aliases/{{alias}}/history": Row(ANY),
     f"POST {CATALOG}/aliases/{{alias}}/promote": Row(TRAIN, lambda w: {"revision": w.digest}),
     f"POST {CATALOG}/aliases/{{alias}}/rollback": Row(TRAIN, lambda w: {}),
+    f"PUT {CATALOG}/aliases/{{alias}}/canary": Row(
+        TRAIN, lambda w: {"share": 0.6}, at={"alias": World.make_alias}
+    ),
+    f"POST {CATALOG}/aliases/{{alias}}/canary/finish": Row(
+        TRAIN, lambda w: {}, at={"alias": World.make_alias}
+    ),
+    f"POST {CATALOG}/aliases/{{alias}}/canary/abort": Row(
+        TRAIN, lambda w: {}, at={"alias": World.make_alias}
+    ),
+    f"GET {CATALOG}/aliases/{{alias}}/watches": Row(ANY),
+    f"POST {CATALOG}/aliases/{{alias}}/watches": Row(TRAIN, lambda w: WATCH, at=HELD),
+    f"DELETE {CATALOG}/aliases/{{alias}}/watches/{{watch_id}}": Row(
+        TRAIN, at={**HELD, "watch_id": World.make_watch}
+    ),
+    f"GET {CATALOG}/aliases/{{alias}}/schedules": Row(ANY),
+    f"POST {CATALOG}/aliases/{{alias}}/schedules": Row(
+        TRAIN, lambda w: {"task": "isolation"}, at=HELD
+    ),
+    f"DELETE {CATALOG}/aliases/{{alias}}/schedules/{{schedule_id}}": Row(
+        TRAIN, at={**HELD, "schedule_id": World.make_schedule}
+    ),
+    "POST /catalog/v1/observations": Row(
+        USE,
+        lambda w: {
+            "items": [{"policy": "kept", "metric": "seen", "revision": w.digest, "value": 1.0}]
+        },
+    ),
+    f"GET {CATALOG}/aliases/{{alias}}/gates": Row(ANY),
+    f"POST {CATALOG}/aliases/{{alias}}/gates": Row(TRAIN, lambda w: GATE, at=HELD),
+    f"DELETE {CATALOG}/aliases/{{alias}}/gates/{{gate_id}}": Row(
+        TRAIN, at={**HELD, "gate_id": World.make_gate}
+    ),
     "POST /catalog/v1/prewarm": Row(USE, lambda w: {"models": [POLICY]}),
     "GET /catalog/v1/tasks": Row(ANY, foreign=None),
     "POST /catalog/v1/tasks": Row(TRAIN, lambda w: {**TASK, "name": "else"}, foreign=None),

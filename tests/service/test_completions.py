@@ -77,8 +77,10 @@ class ScriptedWorker:
 @dataclass
 class OneTarget:
     target: Target
+    keys: list[str] = field(default_factory=list)
 
-    def resolve(self, tenant: Tenant, model: str) -> Target:
+    def resolve(self, tenant: Tenant, model: str, split_key: str) -> Target:
+        self.keys.append(split_key)
         return self.target
 
 
@@ -120,6 +122,17 @@ def worker(folder: Path) -> ScriptedWorker:
     return ScriptedWorker(base, lambda text: list(loaded.encode(text).ids))
 
 
+class Counted:
+    """Remembers which answers were counted as failed."""
+
+    def __init__(self) -> None:
+        self.failed: list[bool] = []
+
+    def note_answer(self, tenant: Tenant, policy: str, digest: Digest, *, failed: bool) -> None:
+        assert (tenant, policy, digest) == (ACME, "support", REVISION)
+        self.failed.append(failed)
+
+
 class NoLimits:
     """Nobody has a quota."""
 
@@ -130,7 +143,8 @@ class NoLimits:
 @pytest.fixture
 def completions(worker: ScriptedWorker) -> Completions:
     target = Target(worker, worker.base, REVISION, "acme/support", "prod")  # type: ignore[arg-type]
-    return Completions(OneTarget(target), TokenizerCache(), NoLimits())  # type: ignore[arg-type]
+    targets, limits = OneTarget(target), NoLimits()
+    return Completions(targets, TokenizerCache(), limits, Counted())  # type: ignore[arg-type]
 
 
 def chat(completions: Completions, **fields: Any) -> Any:
@@ -250,6 +264,34 @@ async def test_a_refusal_by_the_engine_reaches_the_caller(
         await (await text(completions, prompt=["a", "b"])).whole()
     with pytest.raises(Overloaded):
         await collect(await text(completions, prompt=["a", "b"], stream=True))
+    assert completions.counter.failed == []  # type: ignore[attr-defined]
+
+
+async def test_answers_and_failures_of_an_alias_are_counted(
+    completions: Completions, worker: ScriptedWorker
+) -> None:
+    counter: Any = completions.counter
+    await (await chat(completions)).whole()
+    await collect(await text(completions, prompt=["a", "b"], stream=True))
+    assert counter.failed == [False] * 3
+    worker.error = EngineFailed("a step failed")
+    with pytest.raises(EngineFailed):
+        await (await chat(completions)).whole()
+    with pytest.raises(EngineFailed):
+        await collect(await chat(completions, stream=True))
+    assert counter.failed == [False] * 3 + [True] * 2
+    worker.error = None
+    targets: Any = completions.targets
+    targets.target = replace(targets.target, alias=None)
+    await (await chat(completions)).whole()
+    assert len(counter.failed) == 5
+
+
+async def test_a_request_is_split_by_its_client_or_by_itself(completions: Completions) -> None:
+    for fields in ({"user": "ann"}, {"user": "ann"}, {}, {}):
+        await chat(completions, **fields)
+    keys = completions.targets.keys  # type: ignore[attr-defined]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
 async def test_a_request_keeps_the_revision_it_was_admitted_with(

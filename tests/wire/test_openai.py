@@ -216,3 +216,16 @@ def test_text_logprobs_carry_offsets() -> None:
     logprobs = Completion.model_validate(content).choices[0].logprobs
     assert logprobs and logprobs.text_offset == [4, 8]
     assert logprobs.top_logprobs and logprobs.top_logprobs[0] == {" Par": -0.5, " Lyon": -2.0}
+
+
+def test_a_request_says_whose_it_is() -> None:
+    assert parse_chat(chat()).client is None
+    assert parse_chat(chat(user="ann")).client == parse_chat(chat(user="ann", seed=1)).client
+    assert parse_chat(chat(user="ann")).client != parse_chat(chat(user="bob")).client
+    both = chat(user="ann", safety_identifier="s", prompt_cache_key="k")
+    assert parse_chat(both).client == parse_chat(chat(safety_identifier="s")).client
+    assert parse_chat(chat(user={"id": 1})).client is not None
+    assert (
+        parse_completion(text(prompt_cache_key="k")).client
+        == parse_chat(chat(prompt_cache_key="k")).client
+    )

@@ -381,9 +381,10 @@ async def promote(
         body.revision,
         actor=caller.key_id,
         reason=body.reason,
-        expected_version=_expected_version(body.if_version, if_match),
+        expected_version=expected_version(body.if_version, if_match),
+        override_reason=body.override_reason,
     )
-    return _alias_answer(moved)
+    return alias_answer(moved)
 
 
 @router.post(ALIAS + "/rollback", openapi_extra=takes(wire.Rollback))
@@ -396,7 +397,8 @@ async def rollback(
     gateway: App,
     if_match: IfMatch = None,
 ) -> Response:
-    """Point an alias back at what it named before; holds for the next request."""
+    """Abort a running canary, else point an alias back at what it named before; holds for the next
+    request."""
     caller.require("train")
     body = await read(request, wire.Rollback)
     moved = await gateway.promotion.rollback(
@@ -405,9 +407,9 @@ async def rollback(
         alias,
         actor=caller.key_id,
         reason=body.reason,
-        expected_version=_expected_version(body.if_version, if_match),
+        expected_version=expected_version(body.if_version, if_match),
     )
-    return _alias_answer(moved)
+    return alias_answer(moved)
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -601,14 +603,16 @@ def _number(cursor: str | None) -> int | None:
     return int(cursor)
 
 
-def _expected_version(in_body: int | None, if_match: str | None) -> int | None:
+def expected_version(in_body: int | None, if_match: str | None) -> int | None:
+    """The version that the alias must have, from body or header. Raises InvalidRequest."""
     in_header = parse_if_match(if_match)
     if None not in (in_body, in_header) and in_body != in_header:
         raise InvalidRequest("if_version and If-Match differ; send one of them")
     return in_header if in_body is None else in_body
 
 
-def _alias_answer(alias: Alias) -> Response:
+def alias_answer(alias: Alias) -> Response:
+    """An alias, with its version as ETag."""
     return JSONResponse(wire.encode_alias(alias), headers={"ETag": f'"{alias.version}"'})
 
 
