@@ -49,6 +49,8 @@ BASE = BaseInfo(
 CONFIG = b'{"peft_type": "LORA", "r": 1, "lora_alpha": 2}'
 SMALL_BITS = 0x3C00
 """Of bfloat16 values from 0.0078 on."""
+TAG, TASK, NUM_MARKED = "rare", "sums", 100
+"""So many revisions of each tenant are tagged and have a score, whatever the size."""
 NUM_RESOLVED, NUM_PAGES, NUM_PROMOTED = 2_000, 200, 100
 PAGE = 100
 MOST_RATIO = 1.2
@@ -59,7 +61,8 @@ MEASURED = (
     "size): admission, one `put_many` with one sync, one transaction; making the adapters is not "
     "in it. Each size has a catalogue and a store of its own. Reads are the catalogue's own calls, "
     f"in turns over the sizes: {NUM_RESOLVED} addresses `tenant/policy` at random, {NUM_PAGES} "
-    f"pages of {PAGE} from a random place. `Open` is a new process's: the catalogue and the store, "
+    f"pages of {PAGE} from a random place; search by tag and score finds as many at each size, "
+    f"{NUM_MARKED} and half of them. `Open` is a new process's: the catalogue and the store, "
     "then one address and its bytes; memory is what that process grew by, after as many addresses. "
     "Figures are medians of the repeats."
 )
@@ -96,6 +99,9 @@ class Reads:
     policies_ms: float
     revisions_ms: float
     prefix_ms: float
+    tag_ms: float
+    owner_ms: float
+    score_ms: float
     bytes_us: float
     promotions_per_second: float
 
@@ -115,6 +121,10 @@ class House:
 
 def tenant_of(index: int) -> Tenant:
     return Tenant(f"tenant-{index % NUM_TENANTS}")
+
+
+def owner_of(tenant: Tenant) -> str:
+    return f"key-of-{tenant}"
 
 
 def policy_of(index: int) -> str:
@@ -155,10 +165,25 @@ def fill(catalog: Catalog, store: FolderStore, size: int) -> Import:
         store.put_many(data for _, data, _ in admitted)
         times.append(time.monotonic())
         imports = [(folder.policy, blob) for folder, _, blob in admitted]
-        catalog.import_revisions(tenant, BASE, imports, actor="benchmark")
+        catalog.import_revisions(tenant, BASE, imports, actor=owner_of(tenant))
         times.append(time.monotonic())
         seconds = [s + b - a for s, a, b in zip(seconds, times, times[1:], strict=False)]
     return Import(*seconds)
+
+
+def mark(catalog: Catalog, size: int) -> None:
+    """Tag and score some revisions of each tenant, evenly spread."""
+    for nth in range(NUM_MARKED * NUM_TENANTS):
+        of_tenant = nth // NUM_TENANTS * size // NUM_TENANTS // NUM_MARKED
+        index = nth % NUM_TENANTS + NUM_TENANTS * of_tenant
+        tenant, policy = tenant_of(index), policy_of(index)
+        digest = catalog.resolve(tenant, address(index)).revision.digest
+        catalog.set_tag(tenant, policy, digest, TAG, actor="benchmark")
+        made = catalog.start_evaluation(
+            tenant, policy_name=policy, digest=digest, base_name=BASE.name, task_name=TASK,
+            task_digest=BASE.digest, num_items=NUM_MARKED,
+        )  # fmt: skip
+        catalog.finish_evaluation(tenant, made.evaluation_id, nth // NUM_TENANTS)
 
 
 def open_again(url: str, folder: Path, size: int) -> Opened:
@@ -210,6 +235,17 @@ def read(catalog: Catalog, store: FolderStore, size: int, seed: int) -> Reads:
         start = f"policy-{index // NUM_TENANTS:07d}"[:-1]
         assert catalog.policies(tenant_of(index), Filters(prefix=start), limit=PAGE).items
 
+    def tag(index: int) -> None:
+        assert catalog.find_revisions(tenant_of(index), Filters(tag=TAG), limit=PAGE).items
+
+    def owner(index: int) -> None:
+        mine = Filters(owner=owner_of(tenant_of(index)))
+        catalog.find_revisions(tenant_of(index), mine, limit=PAGE, cursor=f"{index}/0")
+
+    def score(index: int) -> None:
+        good = Filters(task=TASK, min_score=0.5)
+        assert catalog.find_revisions(tenant_of(index), good, limit=PAGE).items
+
     resolved = [1e6 * seconds for seconds in timed(resolve, at_random)]
     return Reads(
         statistics.median(resolved),
@@ -217,6 +253,9 @@ def read(catalog: Catalog, store: FolderStore, size: int, seed: int) -> Reads:
         1e3 * statistics.median(timed(policies, some)),
         1e3 * statistics.median(timed(revisions, some)),
         1e3 * statistics.median(timed(prefix, some)),
+        1e3 * statistics.median(timed(tag, some)),
+        1e3 * statistics.median(timed(owner, some)),
+        1e3 * statistics.median(timed(score, some)),
         1e6 * statistics.median(timed(lambda index: store.get(digests[index]), range(NUM_PAGES))),
         promotions(catalog, at_random[:NUM_PROMOTED], seed),
     )
@@ -263,6 +302,7 @@ def answer(new_url: Callable[[int], str], sizes: Sequence[int], repeats: int) ->
 def build(url: str, folder: Path, size: int) -> House:
     catalog, store = Catalog.open(url), FolderStore(folder)
     imported = fill(catalog, store, size)
+    mark(catalog, size)
     catalog.close()
     house = House(size, url, folder, imported, database_bytes(url) / 2**20)
     print(f"  {size}: imported, {size / imported.whole:.0f} a second", flush=True)
@@ -343,7 +383,8 @@ def houses_table(houses: Sequence[House]) -> str:
     head = [
         "revisions", "imported/s", "of it admission, store, catalogue, ms each", "database, MiB",
         "open, ms", "first answer, ms", "memory, MiB", "resolve p50, µs", "p99, µs",
-        "page of policies, ms", "of revisions, ms", "by prefix, ms", "bytes, µs", "promotions/s",
+        "page of policies, ms", "of revisions, ms", "by prefix, ms", "by tag, ms",
+        "by owner, ms", "by score, ms", "bytes, µs", "promotions/s",
     ]  # fmt: skip
     return table([head, *([f"{house.size:,}", *_cells(house)] for house in houses)])
 
