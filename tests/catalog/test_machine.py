@@ -41,6 +41,7 @@ class Catalogue(RuleBasedStateMachine):
         """Revisions that are not deleted."""
         self.stacks: dict[str, list[Digest]] = {}
         """What each alias named, below what it names now."""
+        self.canaries: dict[str, Digest] = {}
         self.requests: dict[tuple[RunId, int], str] = {}
         self.snapshots: dict[RunId, SavedState] = {}
 
@@ -94,13 +95,37 @@ class Catalogue(RuleBasedStateMachine):
         if digest not in self.live:
             self.refuses(NotFound, self.catalog.promote, ANN, POLICY, alias, digest, actor="t")
             return
+        named, canary = self.stacks.get(alias, [None])[-1], self.canaries.get(alias)
+        if canary is not None and digest not in (named, canary):
+            self.refuses(Conflict, self.catalog.promote, ANN, POLICY, alias, digest, actor="t")
+            return
         self.catalog.promote(ANN, POLICY, alias, digest, actor="t")
         self.move(alias, digest)
+        if digest == canary:
+            del self.canaries[alias]
+
+    @precondition(lambda self: self.stacks)
+    @rule(alias=ALIASES, word=WORDS, share=st.sampled_from((0.1, 0.5, 1.0)))
+    def try_canary(self, alias: str, word: str, share: float) -> None:
+        digest = digest_of(word)
+        arguments = (ANN, POLICY, alias, digest, share)
+        if alias not in self.stacks or digest not in self.live:
+            self.refuses(NotFound, self.catalog.set_canary, *arguments, actor="t")
+        elif self.stacks[alias][-1] == digest or self.canaries.get(alias, digest) != digest:
+            self.refuses(Conflict, self.catalog.set_canary, *arguments, actor="t")
+        else:
+            self.catalog.set_canary(*arguments, actor="t")
+            self.canaries[alias] = digest
+            self.seen[alias].append(digest)
 
     @precondition(lambda self: self.stacks)
     @rule(alias=ALIASES)
     def roll_back(self, alias: str) -> None:
         stack = self.stacks.get(alias, [])
+        if alias in self.canaries:
+            assert self.catalog.rollback(ANN, POLICY, alias, actor="t").digest == stack[-1]
+            del self.canaries[alias]
+            return
         if len(stack) < 2 or stack[-2] not in self.live:
             return
         self.catalog.rollback(ANN, POLICY, alias, actor="t")
@@ -112,7 +137,7 @@ class Catalogue(RuleBasedStateMachine):
         digest = digest_of(word)
         if digest not in self.live:
             self.refuses(NotFound, self.catalog.delete_revision, ANN, POLICY, digest, actor="t")
-        elif any(stack[-1] == digest for stack in self.stacks.values()):
+        elif digest in {*(stack[-1] for stack in self.stacks.values()), *self.canaries.values()}:
             self.refuses(Conflict, self.catalog.delete_revision, ANN, POLICY, digest, actor="t")
         else:
             self.catalog.delete_revision(ANN, POLICY, digest, actor="t")
@@ -184,6 +209,9 @@ class Catalogue(RuleBasedStateMachine):
         found = {alias.name: alias.digest for alias in self.catalog.aliases(ANN, POLICY)}
         assert found == {name: stack[-1] for name, stack in self.stacks.items()}
         assert set(found.values()) <= self.live
+        found = {alias.name: alias.canary_digest for alias in self.catalog.aliases(ANN, POLICY)}
+        assert {name: canary for name, canary in found.items() if canary} == self.canaries
+        assert set(self.canaries.values()) <= self.live
 
     @invariant()
     def revisions_agree(self) -> None:
