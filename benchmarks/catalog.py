@@ -49,7 +49,7 @@ BASE = BaseInfo(
 CONFIG = b'{"peft_type": "LORA", "r": 1, "lora_alpha": 2}'
 SMALL_BITS = 0x3C00
 """Of bfloat16 values from 0.0078 on."""
-TAG, TASK, NUM_MARKED = "rare", "sums", 100
+TAG, TASK, NUM_MARKED = "rare", "sums", 90
 """So many revisions of each tenant are tagged and have a score, whatever the size."""
 NUM_RESOLVED, NUM_PAGES, NUM_PROMOTED = 2_000, 200, 100
 PAGE = 100
@@ -172,9 +172,11 @@ def fill(catalog: Catalog, store: FolderStore, size: int) -> Import:
 
 
 def mark(catalog: Catalog, size: int) -> None:
-    """Tag and score some revisions of each tenant, evenly spread."""
+    """Tag and score some revisions of each tenant, evenly spread over its policies but the busy."""
+    num_policies = size // NUM_TENANTS * (BUSY_SHARE - 1) // BUSY_SHARE
     for nth in range(NUM_MARKED * NUM_TENANTS):
-        of_tenant = nth // NUM_TENANTS * size // NUM_TENANTS // NUM_MARKED
+        policy_number = nth // NUM_TENANTS * num_policies // NUM_MARKED
+        of_tenant = 1 + policy_number + policy_number // (BUSY_SHARE - 1)
         index = nth % NUM_TENANTS + NUM_TENANTS * of_tenant
         tenant, policy = tenant_of(index), policy_of(index)
         digest = catalog.resolve(tenant, address(index)).revision.digest

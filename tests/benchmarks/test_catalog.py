@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import catalog
 from benchmarks.processes import Stage
+from openmint.catalog.catalog import Catalog
+from openmint.catalog.records import Filters
+from openmint.store.blobs import BlobStore
 
 
 def test_every_figure_is_there_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +44,18 @@ def test_every_adapter_is_imported_once_under_its_tenant() -> None:
     seen = [(tenant, index) for tenant, indices in catalog.batches(1000) for index in indices]
     assert sorted(index for _, index in seen) == list(range(1000))
     assert all(catalog.tenant_of(index) == tenant for tenant, index in seen)
+
+
+def test_as_many_revisions_are_marked_at_every_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "NUM_MARKED", 9)
+    for size in (100, 300):
+        opened = Catalog.open(f"sqlite:///{tmp_path}/{size}.db")
+        catalog.fill(opened, BlobStore(tmp_path), size)
+        catalog.mark(opened, size)
+        for nth in range(catalog.NUM_TENANTS):
+            wanted = Filters(tag=catalog.TAG)
+            found = opened.find_revisions(catalog.tenant_of(nth), wanted).items
+            assert len({each.policy_name for each in found} - {catalog.BUSY}) == len(found) == 9
+        opened.close()
