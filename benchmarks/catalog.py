@@ -30,7 +30,7 @@ from openmint.service.archives import PeftFolder
 from openmint.store.folder_store import FolderStore
 from openmint.store.peft_file import peft_tensors
 from openmint.store.safetensors_header import encode_safetensors
-from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule, Tenant
+from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule, Tenant, stacks_of
 from tests.postgres import find_binaries, running_postgres
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -39,12 +39,12 @@ BUSY, BUSY_SHARE = "busy", 10
 """Every tenth revision of a tenant belongs to one policy; the others have one each."""
 WIDTH = 1024
 SPEC = LoraSpec(1, 2.0, train_mlp=False, train_unembed=False)
-TARGETS = tuple(
+STACKS = stacks_of(
     TargetModule(f"model.layers.0.self_attn.{name}_proj", "attn", WIDTH, WIDTH) for name in "qkvo"
 )
 BASE = BaseInfo(
     "bench", Digest("sha256:" + "0" * 64), "llama", "", "bfloat16", "cpu", 10, 20, (), 30, 40, 50,
-    TARGETS,
+    STACKS,
 )  # fmt: skip
 CONFIG = b'{"peft_type": "LORA", "r": 1, "lora_alpha": 2}'
 SMALL_BITS = 0x3C00
@@ -185,7 +185,8 @@ def mark(catalog: Catalog, size: int) -> None:
             tenant, policy_name=policy, digest=digest, base_name=BASE.name, task_name=TASK,
             task_digest=BASE.digest, num_items=NUM_MARKED,
         )  # fmt: skip
-        catalog.finish_evaluation(tenant, made.evaluation_id, nth // NUM_TENANTS)
+        outcomes = [item < nth // NUM_TENANTS for item in range(NUM_MARKED)]
+        catalog.finish_evaluation(tenant, made.evaluation_id, outcomes)
 
 
 def open_again(url: str, folder: Path, size: int) -> Opened:

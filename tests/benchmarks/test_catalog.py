@@ -10,7 +10,7 @@ from benchmarks import catalog
 from benchmarks.processes import Stage
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Filters
-from openmint.store.blobs import BlobStore
+from openmint.store.folder_store import FolderStore
 
 
 def test_every_figure_is_there_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_as_many_revisions_are_marked_at_every_size(
     monkeypatch.setattr(catalog, "NUM_MARKED", 9)
     for size in (100, 300):
         opened = Catalog.open(f"sqlite:///{tmp_path}/{size}.db")
-        catalog.fill(opened, BlobStore(tmp_path), size)
+        catalog.fill(opened, FolderStore(tmp_path), size)
         catalog.mark(opened, size)
         for nth in range(catalog.NUM_TENANTS):
             wanted = Filters(tag=catalog.TAG)
