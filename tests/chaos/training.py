@@ -123,4 +123,4 @@ def latest_of(data: Path, policy: str) -> str:
 def state_of(data: Path, path: str) -> dict[str, np.ndarray]:
     """The tensors of a saved training state."""
     (digest,) = digests_of(data, [path])
-    return safetensors.numpy.load(FolderStore(data).get(Digest(digest)))
+    return safetensors.numpy.load(bytes(FolderStore(data).get(Digest(digest))))
