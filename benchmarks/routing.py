@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import numpy as np
 
 from benchmarks.arms.protocol import versions
@@ -23,7 +22,7 @@ from benchmarks.raw_http import Connection, Connections, Site
 from benchmarks.wave import SPEC, Answer, complete, fill
 from openmint.cluster.worker_client import STATS_SECONDS
 from openmint.service.routing import ROUTINGS
-from tests.servers import TestServer, running_server
+from tests.servers import running_server
 
 NUM_REPLICAS, NUM_POLICIES, NUM_REQUESTS, IN_FLIGHT = 2, 256, 1_500, 16
 EXPONENT = 1.0
@@ -71,14 +70,6 @@ async def drive(site: Site, models: Sequence[str]) -> tuple[float, list[Answer]]
         return time.monotonic() - started_at, answers
 
 
-def workers(server: TestServer) -> list[dict[str, int]]:
-    headers = {"Authorization": f"Bearer {server.admin_key}"}
-    found: list[dict[str, int]] = httpx.get(
-        f"{server.url}/catalog/v1/stats", headers=headers
-    ).json()["bases"]
-    return found
-
-
 def one(root: Path, routing: str, names: Sequence[str], seed: int) -> Drive:
     """A service of its own, driven once."""
     environ = {
@@ -93,12 +84,12 @@ def one(root: Path, routing: str, names: Sequence[str], seed: int) -> Drive:
     drawn = numbers.choice(len(names), NUM_REQUESTS, p=shares / shares.sum())
     models = [names[index] for index in drawn]
     with running_server(root, environ=environ) as server:
-        while sum(worker["alive"] for worker in workers(server)) < NUM_REPLICAS:
+        while sum(worker["alive"] for worker in server.worker_stats()) < NUM_REPLICAS:
             time.sleep(STATS_SECONDS)
         site = Site.of(server.url, server.admin_key)
         seconds, answers = asyncio.run(drive(site, models))
         time.sleep(2 * STATS_SECONDS)
-        return Drive(seconds, answers, [each["revision_loads"] for each in workers(server)])
+        return Drive(seconds, answers, [each["revision_loads"] for each in server.worker_stats()])
 
 
 def ask(stage: Stage, repeats: int) -> Report:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import numpy as np
 import torch
 
@@ -201,8 +200,7 @@ async def measure(server: TestServer, models: Sequence[str], repeats: int) -> Fi
 def _memory(server: TestServer) -> tuple[int, int]:
     """Adapter bytes in the worker's host memory, and all that it has resident."""
     time.sleep(2 * STATS_SECONDS)
-    headers = {"Authorization": f"Bearer {server.admin_key}"}
-    (base,) = httpx.get(f"{server.url}/catalog/v1/stats", headers=headers).json()["bases"]
+    (base,) = server.worker_stats()
     (worker,) = workers_of(server)
     return base["host_bytes"], worker.memory_info().rss
 

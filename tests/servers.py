@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -60,6 +61,13 @@ class TestServer:
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
         }
+
+    def worker_stats(self) -> list[dict[str, Any]]:
+        """What each worker says of itself, as of about a second ago."""
+        headers = {"X-API-Key": self.admin_key}
+        answer = httpx.get(f"{self.url}/catalog/v1/stats", headers=headers).raise_for_status()
+        found: list[dict[str, Any]] = answer.json()["bases"]
+        return found
 
     def errors_in_log(self) -> list[str]:
         """Log lines at level error or above."""

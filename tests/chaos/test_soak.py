@@ -77,7 +77,7 @@ def look(server: TestServer, started_at: float) -> Look:
     (worker,) = workers_of(server)
     gateway, deadline = gateway_of(server), time.monotonic() + PAGE_WAIT_SECONDS
     while True:
-        stats = worker_stats(server)
+        (stats,) = server.worker_stats()
         if (stats["num_training_runs"], stats["kv_pages_used"]) == (0, 0):
             break
         assert time.monotonic() < deadline, stats
@@ -106,13 +106,6 @@ def descriptors(process: psutil.Process) -> list[str]:
 
 def is_socket(link: str) -> bool:
     return link.startswith("socket:")
-
-
-def worker_stats(server: TestServer) -> dict[str, int]:
-    headers = {"X-API-Key": server.admin_key}
-    answer = httpx.get(f"{server.url}/catalog/v1/stats", headers=headers)
-    (base,) = answer.json()["bases"]
-    return dict(base)
 
 
 @pytest.mark.timeout(SECONDS * 2 + 300)

@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import tinker
 
+from openmint.cluster.worker_client import STATS_SECONDS
 from tests.chaos.training import Job
 from tests.servers import (
     READY_SECONDS,
@@ -54,20 +54,12 @@ def server(
     try:
         wait_until_ready(server)
         deadline = time.monotonic() + READY_SECONDS
-        while sum(worker["alive"] for worker in workers(server)) < 2:
+        while sum(worker["alive"] for worker in server.worker_stats()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         yield server
     finally:
         stop_server(server)
-
-
-def workers(server: TestServer) -> list[dict[str, Any]]:
-    """What each worker says of itself."""
-    headers = {"Authorization": f"Bearer {server.admin_key}"}
-    answer = httpx.get(f"{server.url}/catalog/v1/stats", headers=headers).raise_for_status()
-    found: list[dict[str, Any]] = answer.json()["bases"]
-    return found
 
 
 async def ask(server: TestServer, models: list[str]) -> list[tuple[str, str]]:
@@ -101,7 +93,8 @@ def test_both_serve_each_revision_is_read_once_and_one_may_die(server: TestServe
     for policy in POLICIES:
         texts = {text for model, (_, text) in zip(models, answers, strict=True) if model == policy}
         assert len(texts) == 1, "workers draw the same tokens"
-    both = workers(server)
+    time.sleep(2 * STATS_SECONDS)  # what workers say is about a second old
+    both = server.worker_stats()
     assert [worker["replica"] for worker in both] == [0, 1]
     assert sum(worker["revision_loads"] for worker in both) == len(POLICIES)
     assert all(worker["generated_tokens"] > 0 for worker in both)
