@@ -2,7 +2,7 @@
 and delete, and the collector collects: what was acknowledged is there, whole; what was deleted is
 gone.
 
-`make chaos` kills 50 times; a test run 5 times.
+`make chaos` kills 40 times; a test run 4 times.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from tests.tiny import write_adapter
 
 pytestmark = [pytest.mark.chaos, pytest.mark.integration, pytest.mark.slow]
 
-NUM_KILLS = max(5, int(os.environ.get("OPENMINT_CHAOS_KILLS", "20")) // 4)
-LONGEST_LIFE_SECONDS = 6.0
+NUM_KILLS = int(os.environ.get("OPENMINT_CHAOS_KILLS", "20")) // 5
+LONGEST_LIFE_SECONDS = 5.5
 """The collector looks every 5 s."""
 NUM_KEPT_ROUNDS = 2
 EVERY_KEPT = 5
