@@ -172,12 +172,11 @@ class Settings:
     a sample goes to the one that has its revision, unless another is much less busy."""
     database_url: str = ""
     """The catalogue's database: `postgresql://user:password@host/database` (docs/operations.md) or
-    `sqlite:///path`; empty means SQLite inside the data folder. Set the environment variable, so
-    that `openmint keys` and `doctor` use it too."""
+    `sqlite:///path`; empty means SQLite inside the data folder. `openmint keys`, `doctor` and
+    `backup` read the same environment, and the same file with `--config`."""
     store_url: str = ""
     """Where adapters and training states are kept: `s3://bucket/prefix` (docs/operations.md), with
-    key, region and endpoint in the usual `AWS_*` variables; empty means inside the data folder. Set
-    the environment variable, so that `openmint doctor` and `backup` know it too."""
+    key, region and endpoint in the usual `AWS_*` variables; empty means inside the data folder."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
 

@@ -31,6 +31,7 @@ class PostgresServer:
     """A running server that only this user reaches, through a socket in `folder`."""
 
     folder: Path
+    binaries: Path
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def url(self, database: str) -> str:
@@ -86,7 +87,7 @@ def running_postgres(binaries: Path) -> Iterator[PostgresServer]:
         options = f"-c listen_addresses='' -k {folder}"
         _run(binaries / "pg_ctl", "start", "-w", "-D", data, "-o", options, "-l", f"{folder}/log")
         try:
-            server = PostgresServer(folder)
+            server = PostgresServer(folder, binaries)
             server._execute(f"CREATE DATABASE {CATALOGUE} TEMPLATE template0")
             Database(server.url(CATALOGUE)).close()
             yield server

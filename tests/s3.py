@@ -19,6 +19,8 @@ import httpx
 
 START_SECONDS = 60.0
 BUCKET = "openmint-tests"
+MOST_NAMES = 10_000
+"""That are listed."""
 KEYS = {"owner": "owner-secret", "reader": "reader-secret"}
 """Each user's secret; its name is its key."""
 USERS = {
@@ -93,7 +95,8 @@ class S3Server:
         names: list[str] = []
         for folder in ("blobs", "probes"):
             page = f"http://127.0.0.1:{self.ports['filer.port']}/buckets/{place}/{folder}/"
-            answer = httpx.get(page, headers={"Accept": "application/json"}, params={"limit": 1000})
+            headers = {"Accept": "application/json"}
+            answer = httpx.get(page, headers=headers, params={"limit": MOST_NAMES}, timeout=30)
             entries = answer.json()["Entries"] if answer.is_success else None
             names += [f"{folder}/{Path(entry['FullPath']).name}" for entry in entries or ()]
         return names

@@ -1,8 +1,12 @@
-"""Random models of each dense family, small enough to compare number by number."""
+"""Random models of each dense family, small enough to compare number by number; their adapters."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
 
 from openmint.models.embedded import copy_tokenizer
 
@@ -27,6 +31,9 @@ CONFIG_CLASSES = {
     "mistral": "MistralConfig",
 }
 
+WIDTH, KEYS, LAYERS = 64, 32, 2
+ATTENTION = {"q_proj": WIDTH, "k_proj": KEYS, "v_proj": KEYS, "o_proj": WIDTH}
+
 
 def make_tiny_base(family: str, directory: Path, tokenizer_from: Path) -> Path:
     """A folder that `--base` takes, made once; weights are seeded, so it is the same each time."""
@@ -45,3 +52,20 @@ def make_tiny_base(family: str, directory: Path, tokenizer_from: Path) -> Path:
     model.save_pretrained(directory)
     copy_tokenizer(tokenizer_from, directory)
     return directory
+
+
+def write_adapter(folder: Path, seed: int, rank: int = 1) -> Path:
+    """A PEFT folder of a tiny base's attention."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        for module, num_out in ATTENTION.items():
+            stem = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            a, b = random.standard_normal((rank, WIDTH)), random.standard_normal((num_out, rank))
+            tensors[f"{stem}.lora_A.weight"] = a.astype(np.float32)
+            tensors[f"{stem}.lora_B.weight"] = b.astype(np.float32)
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "target_modules": list(ATTENTION)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from openmint.catalog.database import shown
 from openmint.cli.data_folder import ADMIN_KEY_FILE, DATABASE_FILE
 from openmint.cli.output import console, progress
-from openmint.cli.remote import DEFAULT_DATA, DataOption
+from openmint.cli.remote import ConfigOption, FolderOption
 from openmint.config import load_settings
 from openmint.errors import InvalidRequest, NotFound, StoreFailed
 from openmint.journal.update_log import SUFFIX, Segment
@@ -45,13 +45,15 @@ def register(app: typer.Typer) -> None:
 
 def backup(
     to: Annotated[Path, typer.Argument(help="Folder of the copy; an earlier one is renewed.")],
-    data: DataOption = DEFAULT_DATA,
+    data: FolderOption = None,
+    config: ConfigOption = None,
 ) -> None:
     """Copy a data folder, also while a server uses it. Restore: `openmint serve --data` the copy,
     or a copy of it. Converted bases are left out; they are made again from the packages. So are
     the bytes of a store on S3, whose bucket has versions or copies of its own. Of a catalogue on
     PostgreSQL it says what to do instead."""
-    settings = load_settings(flags={"data": data})
+    settings = load_settings(config, flags={"data": data})
+    data = settings.data
     if settings.database_url:
         raise InvalidRequest(
             f"the catalogue is not in {data} but at {shown(settings.database_url)}: dump it first "
@@ -60,8 +62,8 @@ def backup(
         )
     if not (data / DATABASE_FILE).is_file():
         raise InvalidRequest(
-            f"{data} holds no {DATABASE_FILE}; give --data, or OPENMINT_DATABASE_URL where the "
-            "catalogue is in another place"
+            f"{data} holds no {DATABASE_FILE}; give --data, or --config or OPENMINT_DATABASE_URL "
+            "where the catalogue is in another place"
         )
     to.mkdir(parents=True, exist_ok=True)
     with progress("copying") as display:
@@ -76,7 +78,7 @@ def backup(
         else:
             raise StoreFailed(
                 f"what the catalogue names kept going away: {missing[0]}; try again, with "
-                "OPENMINT_STORE_URL if the store is on S3"
+                "--config or OPENMINT_STORE_URL if the store is on S3"
             )
     if (data / ADMIN_KEY_FILE).is_file():
         shutil.copy2(data / ADMIN_KEY_FILE, to / ADMIN_KEY_FILE)

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from openmint.catalog.catalog import Catalog
+from openmint.catalog.database import shown
 from openmint.config import Settings
-from openmint.errors import Conflict, InvalidRequest
+from openmint.errors import Conflict, InvalidRequest, ServiceError
 
 ADMIN_KEY_FILE, DATABASE_FILE = "admin.key", "openmint.db"
 
@@ -24,17 +25,30 @@ def catalog_url(settings: Settings) -> str:
 def opened_catalog(settings: Settings, *, create: bool) -> Iterator[Catalog]:
     """The catalogue of a data folder; beside a running server too, as writers take turns.
 
-    Raises InvalidRequest when there is no such folder and `create` is False, and as `Catalog.open`.
+    Raises InvalidRequest when there is no such folder and `create` is False, ServiceError that
+    names the database when it is away, and as `Catalog.open`.
     """
     data = settings.data
     if not (create or settings.database_url or (data / DATABASE_FILE).is_file()):
         raise InvalidRequest(f"{data} holds no {DATABASE_FILE}; give --data, or start a server")
     data.mkdir(parents=True, exist_ok=True)
-    catalog = Catalog.open(catalog_url(settings))
+    catalog = _open_catalog(settings)
     try:
         yield catalog
     finally:
         catalog.close()
+
+
+def _open_catalog(settings: Settings) -> Catalog:
+    try:
+        return Catalog.open(catalog_url(settings))
+    except ServiceError as error:
+        if not settings.database_url:
+            raise
+        raise ServiceError(
+            f"can't open the catalogue at {shown(settings.database_url)}: {error.message}, or "
+            "correct database_url"
+        ) from None
 
 
 def locked_for_server(data: Path) -> int:

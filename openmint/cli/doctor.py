@@ -22,8 +22,8 @@ import typer
 from openmint.catalog.database import examine
 from openmint.cli.data_folder import catalog_url
 from openmint.cli.output import EXIT_FAILED, JsonFlag, console, show
-from openmint.cli.remote import DEFAULT_DATA, DEFAULT_URL, DataOption, UrlOption
-from openmint.config import load_settings
+from openmint.cli.remote import DEFAULT_URL, ConfigOption, FolderOption, UrlOption
+from openmint.config import Settings, load_settings
 from openmint.errors import OpenMintError
 from openmint.models.embedded import EMBEDDED_BASE, GGUF_PACKAGE
 from openmint.store.opening import open_store
@@ -50,24 +50,26 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    data: DataOption = DEFAULT_DATA,
-    port: Annotated[int, typer.Option(help="Port that the server would use.")] = 8411,
+    data: FolderOption = None,
+    config: ConfigOption = None,
+    port: Annotated[int | None, typer.Option(help="Port that the server would use.")] = None,
     url: UrlOption = DEFAULT_URL,
     as_json: JsonFlag = False,
 ) -> None:
     """Check this machine; exit 1 when something would keep the service from running."""
+    settings = load_settings(config, flags={"data": data, "port": port})
     checks: tuple[Callable[[], Finding], ...] = (
         check_python,
         check_torch,
         check_cores,
         check_memory,
-        lambda: check_disk(data),
-        lambda: check_database(data),
-        lambda: check_store(data),
-        lambda: check_base(data),
-        lambda: check_writable(data),
+        lambda: check_disk(settings.data),
+        lambda: check_database(settings),
+        lambda: check_store(settings),
+        lambda: check_base(settings.data),
+        lambda: check_writable(settings.data),
         lambda: check_server(url),
-        lambda: check_port(port, url),
+        lambda: check_port(settings.port, url),
     )
     findings = [check() for check in checks]
     if as_json:
@@ -114,20 +116,20 @@ def check_disk(data: Path) -> Finding:
     return Finding("disk", state, f"{free:.1f} GiB free at {data}; at least {MIN_DISK_GIB:.0f}")
 
 
-def check_database(data: Path) -> Finding:
+def check_database(settings: Settings) -> Finding:
     try:
-        version, doubts = examine(catalog_url(load_settings(flags={"data": data})))
+        version, doubts = examine(catalog_url(settings))
     except OpenMintError as error:
         return Finding("database", "fail", error.message)
     return Finding("database", "warn" if doubts else "ok", "; ".join((version, *doubts)))
 
 
-def check_store(data: Path) -> Finding:
-    url = load_settings(flags={"data": data}).store_url
+def check_store(settings: Settings) -> Finding:
+    url = settings.store_url
     if not url:
-        return Finding("store", "ok", f"inside {data}")
+        return Finding("store", "ok", f"inside {settings.data}")
     try:
-        open_store(url, data).start()
+        open_store(url, settings.data).start()
     except OpenMintError as error:
         return Finding("store", "fail", error.message)
     return Finding("store", "ok", f"{url} takes, gives and deletes bytes")

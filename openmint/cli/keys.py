@@ -1,4 +1,4 @@
-"""`openmint keys`: API keys, made and revoked directly in the data folder."""
+"""`openmint keys`: API keys, made and revoked directly in the catalogue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openmint.catalog.address import NAME
 from openmint.catalog.records import ROLES, Role
 from openmint.cli.data_folder import opened_catalog
 from openmint.cli.output import EXIT_USAGE, JsonFlag, YesFlag, confirm, fail, show
-from openmint.cli.remote import DEFAULT_DATA, DataOption
+from openmint.cli.remote import ConfigOption, FolderOption
 from openmint.config import load_settings
 from openmint.types import Tenant
 
@@ -28,7 +28,8 @@ TenantOption = Annotated[str, typer.Option("--tenant", help="Tenant that the key
 @app.command()
 def create(
     tenant: TenantOption,
-    data: DataOption = DEFAULT_DATA,
+    data: FolderOption = None,
+    config: ConfigOption = None,
     role: Annotated[str, typer.Option(help="admin, train, serve or read.")] = "train",
     ttl: Annotated[str, typer.Option(help="Lifetime such as 90d, 12h, 30m; empty: no end.")] = "",
     note: Annotated[str, typer.Option(help="What the key is for.")] = "",
@@ -37,19 +38,20 @@ def create(
     if not NAME.fullmatch(tenant):
         fail(f"--tenant {tenant!r} must match {NAME.pattern}", EXIT_USAGE)
     expires_at = datetime.now(UTC) + parse_ttl(ttl) if ttl else None
-    with opened_catalog(load_settings(flags={"data": data}), create=True) as catalog:
+    with opened_catalog(load_settings(config, flags={"data": data}), create=True) as catalog:
         key, _ = catalog.create_key(Tenant(tenant), _role(role), note=note, expires_at=expires_at)
     sys.stdout.write(key + "\n")
 
 
 @app.command("list")
 def list_keys(
-    data: DataOption = DEFAULT_DATA,
+    data: FolderOption = None,
+    config: ConfigOption = None,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Keys with their tenant, role and lifetime; never the secrets."""
-    with opened_catalog(load_settings(flags={"data": data}), create=False) as catalog:
+    with opened_catalog(load_settings(config, flags={"data": data}), create=False) as catalog:
         keys = catalog.keys(Tenant(tenant) if tenant else None)
     show(keys, as_json=as_json, columns=COLUMNS)
 
@@ -58,12 +60,13 @@ def list_keys(
 def revoke(
     key_id: Annotated[str, typer.Argument(help="Id of the key, as `keys list` shows it.")],
     tenant: TenantOption,
-    data: DataOption = DEFAULT_DATA,
+    data: FolderOption = None,
+    config: ConfigOption = None,
     yes: YesFlag = False,
 ) -> None:
     """End a key; requests with it are refused from then on."""
     confirm(f"Revoke key {key_id} of {tenant}?", yes=yes)
-    with opened_catalog(load_settings(flags={"data": data}), create=False) as catalog:
+    with opened_catalog(load_settings(config, flags={"data": data}), create=False) as catalog:
         catalog.revoke_key(Tenant(tenant), key_id)
 
 

@@ -23,6 +23,7 @@ from openmint.cli import (
     transfer,
 )
 from openmint.cli.output import err_console, exit_code_of
+from openmint.cli.remote import ConfigOption
 from openmint.config import load_settings
 
 app = typer.Typer(
@@ -74,9 +75,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Base to keep resident: the embedded name or a folder. Repeatable."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Settings file (TOML).")
-    ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Start the service: Tinker API, OpenAI API and catalogue on one port."""
     from openmint.cli import (

@@ -46,6 +46,13 @@ KeyOption = Annotated[
 DataOption = Annotated[
     Path, typer.Option("--data", envvar="OPENMINT_DATA", help="Data folder of the server.")
 ]
+FolderOption = Annotated[
+    Path | None, typer.Option("--data", help="Data folder of the server; default openmint-data.")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", exists=True, dir_okay=False, help="Settings file (TOML).")
+]
+"""Of commands that read the settings, as `serve` does: the folder may stand there too."""
 DEFAULT_URL, DEFAULT_DATA = "http://127.0.0.1:8411", Path("openmint-data")
 
 

@@ -3,7 +3,9 @@ no more memory than Python itself.
 
 `supervise.py LISTENER LOCK COMMAND...`: both are open files. COMMAND, a gateway, inherits them; one
 that is killed, or ends in an error of its own, is started again behind the same listening socket:
-clients that connect meanwhile wait in its queue. SIGTERM and SIGINT are passed on.
+clients that connect meanwhile wait in its queue. So is one that then fails to start, as its
+database or its store may be away for a while; only the first one's failure is final. SIGTERM and
+SIGINT are passed on.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import sys
 import time
 from types import FrameType
 
-CRASHED = 70
-"""What a gateway exits with when an error that isn't ours ended it (EX_SOFTWARE)."""
+CRASHED, FAILED = 70, 1
+"""What a gateway exits with when an error that isn't ours ended it (EX_SOFTWARE), and when it could
+not start or go on for want of something else."""
 FILES = "OPENMINT_GATEWAY_FILES"
 """Variable that tells the gateway its listening socket, and a pipe that ends with this process."""
 RESTART_SECONDS, MAX_RESTART_SECONDS = 0.1, 10.0
@@ -31,18 +34,19 @@ class Supervisor:
     def __init__(self, listener: int, command: list[str]) -> None:
         self._listener, self._command = listener, command
         self._child = 0
-        self._is_stopping = False
+        self._is_stopping = self._has_restarted = False
 
     def keep_running(self) -> int:
-        """The exit code of the gateway that ended by itself, or after a signal to stop."""
+        """The exit code of the gateway that ended for good, or after a signal to stop."""
         for number in STOPPERS:
             signal.signal(number, self._pass_on)
         pause_seconds = RESTART_SECONDS
         while not self._is_stopping:
             started_at = time.monotonic()
             status = self._run_gateway()
-            if status >= 0 and status != CRASHED:
+            if self._is_final(status):
                 return status
+            self._has_restarted = True
             if time.monotonic() - started_at > SOUND_SECONDS:
                 pause_seconds = RESTART_SECONDS
             sys.stderr.write(
@@ -50,9 +54,20 @@ class Supervisor:
                 f"starting it again in {pause_seconds:g} s\n"
             )
             sys.stderr.flush()
-            time.sleep(pause_seconds)
+            self._pause(pause_seconds)
             pause_seconds = min(2 * pause_seconds, MAX_RESTART_SECONDS)
         return 0
+
+    def _is_final(self, status: int) -> bool:
+        """Whether another gateway would end in the same way, or none is wanted."""
+        may_pass = self._has_restarted and not self._is_stopping
+        return status >= 0 and status != CRASHED and not (status == FAILED and may_pass)
+
+    def _pause(self, seconds: float) -> None:
+        """For so long, unless it is told to stop meanwhile."""
+        until = time.monotonic() + seconds
+        while not self._is_stopping and time.monotonic() < until:
+            time.sleep(RESTART_SECONDS)
 
     def _run_gateway(self) -> int:
         """Its exit code, or the negative number of the signal that ended it."""

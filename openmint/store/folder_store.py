@@ -7,9 +7,11 @@ folder. Several processes may use one store at once.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from openmint.errors import NotFound, StoreFailed
 from openmint.store.blobs import check, digest_of, name_of
@@ -27,6 +29,7 @@ class FolderStore:
         self._incoming = root / "blobs" / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
         self._packs = Packs(root / "packs", self._incoming)
+        self._dying: deque[Path] = deque()
 
     def start(self) -> None:
         with _saying("could not remove what was left half written"):
@@ -76,14 +79,21 @@ class FolderStore:
                 raise self._not_found(digest) from None
 
     def delete(self, digest: Digest) -> None:
-        """See `BlobStore`. A power cut may bring them back until `sync_deletions` has returned."""
+        """See `BlobStore`. A power cut may bring them back until `sync_deletions` has returned. A
+        large file is only moved away, as to free its room may take a third of a second."""
         name = name_of(digest)
         with _saying(f"could not delete {digest} from the store"):
             self._packs.delete(bytes.fromhex(name))
-            self._path(name).unlink(missing_ok=True)
+            dying = self._incoming / uuid4().hex
+            with suppress(FileNotFoundError):
+                self._path(name).rename(dying)
+                self._dying.append(dying)
 
     def sync_deletions(self) -> None:
         with _saying("could not make deletions last"):
+            with suppress(IndexError):
+                while True:
+                    self._dying.popleft().unlink(missing_ok=True)
             self._packs.sync()
 
     def compact(self) -> None:

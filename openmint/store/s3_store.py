@@ -52,6 +52,7 @@ class S3Store:
                 "store_url must read s3://bucket or s3://bucket/prefix, of letters, digits, dots, "
                 "dashes and underscores; credentials and endpoint go into AWS_* variables"
             )
+        self._url = url
         self._name, prefix = parts.groups()
         endpoint = next(filter(None, map(os.environ.get, ENDPOINTS)), None)
         self._endpoint = urlsplit(endpoint).netloc.rpartition("@")[2] if endpoint else "AWS"
@@ -76,7 +77,7 @@ class S3Store:
         """See `BlobStore`. Writes, reads, lists and deletes a few bytes, so that a wrong bucket or
         key shows at once and not with the first save."""
         probe = f"probes/{uuid4().hex}"
-        with self._saying("could not use the store"):
+        with self._saying(f"could not use the store {self._url}"):
             obstore.put(self._bucket, probe, b"openmint")
             obstore.get(self._bucket, probe).bytes()
             self._find_bucket()

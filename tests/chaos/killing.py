@@ -13,14 +13,22 @@ import psutil
 from tests.servers import TestServer, gateway_of, workers_of
 
 LONGEST_LIFE_SECONDS = 1.5
+"""Unless told otherwise."""
 READY_SECONDS = 60.0
 
 
 class Killer:
     """`kill -9` of the worker, the gateway or both, each time a while after all are ready."""
 
-    def __init__(self, server: TestServer, num_kills: int, seed: int) -> None:
+    def __init__(
+        self,
+        server: TestServer,
+        num_kills: int,
+        seed: int,
+        longest_life_seconds: float = LONGEST_LIFE_SECONDS,
+    ) -> None:
         self._server, self._num_kills = server, num_kills
+        self._longest_life_seconds = longest_life_seconds
         self._random = random.Random(seed)
         self._thread = threading.Thread(target=self._kill_all, name="killer", daemon=True)
         self.killed = dict.fromkeys(("worker", "gateway", "both"), 0)
@@ -34,7 +42,7 @@ class Killer:
         try:
             for _ in range(self._num_kills):
                 self._wait_until_ready()
-                time.sleep(self._random.uniform(0.0, LONGEST_LIFE_SECONDS))
+                time.sleep(self._random.uniform(0.0, self._longest_life_seconds))
                 self._kill(self._random.choice(tuple(self.killed)))
             self._wait_until_ready()
         except BaseException as error:

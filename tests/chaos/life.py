@@ -50,14 +50,14 @@ def live(server: TestServer, policy: str) -> Life:
         sampler = run.save_weights_and_get_sampling_client().result()
         params = types.SamplingParams(max_tokens=8, seed=1, stop=[])
         drawn = sampler.sample(types.ModelInput.from_ints([504, 3575]), 1, params).result()
-        _promote(server, policy, digests_of(server.data, [revision])[0])
+        promote(server, policy, digests_of(server.data, [revision])[0])
         step(2)
         with warnings.catch_warnings():  # old, and still asked for
             warnings.simplefilter("ignore", FutureWarning)
             run.load_state_with_optimizer(kept).result()
         step(3)
         gone = run.save_state("gone").result().path
-        _delete(server, gone)
+        delete(server, gone)
         last = run.save_weights_for_sampler("two").result().path
         end = run.save_state("end").result().path
         run = service.create_training_client_from_state_with_optimizer(kept).result()
@@ -67,12 +67,12 @@ def live(server: TestServer, policy: str) -> Life:
         tuple(drawn.sequences[0].tokens),
         tuple(digests_of(server.data, [kept, revision, last, end])),
         latest_of(server.data, policy),
-        _alias(server, policy, "prod")["digest"],
+        alias_of(server, policy, "prod")["digest"],
         tuple(_audited(server, policy)),
     )
 
 
-def _patiently(call: Callable[[], httpx.Response]) -> httpx.Response:
+def patiently(call: Callable[[], httpx.Response]) -> httpx.Response:
     """As the SDKs do it: again after a lost connection or an answer that says so."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -90,28 +90,28 @@ def _aliases(server: TestServer, policy: str, rest: str) -> str:
     return f"{server.url}/catalog/v1/policies/default/{policy}/aliases/{rest}"
 
 
-def _headers(server: TestServer) -> dict[str, str]:
+def headers_of(server: TestServer) -> dict[str, str]:
     return {"Authorization": f"Bearer {server.admin_key}"}
 
 
-def _promote(server: TestServer, policy: str, digest: str) -> None:
+def promote(server: TestServer, policy: str, digest: str) -> None:
     url = _aliases(server, policy, "prod/promote")
     body = {"revision": digest, "reason": "a life"}
-    answer = _patiently(lambda: httpx.post(url, json=body, headers=_headers(server)))
+    answer = patiently(lambda: httpx.post(url, json=body, headers=headers_of(server)))
     assert answer.status_code == 200, answer.text
 
 
-def _delete(server: TestServer, path: str) -> None:
+def delete(server: TestServer, path: str) -> None:
     at = path.removeprefix("tinker://").split("/")
     url = f"{server.url}/api/v1/training_runs/{at[0]}/checkpoints/{at[1]}/{at[2]}"
-    answer = _patiently(lambda: httpx.delete(url, headers=_headers(server)))
+    answer = patiently(lambda: httpx.delete(url, headers=headers_of(server)))
     # 404 to the second try: the first one's answer was lost.
     assert answer.status_code in (200, 204, 404), answer.text
 
 
-def _alias(server: TestServer, policy: str, name: str) -> dict[str, str]:
+def alias_of(server: TestServer, policy: str, name: str) -> dict[str, str]:
     url = f"{server.url}/catalog/v1/policies/default/{policy}/aliases"
-    answer = _patiently(lambda: httpx.get(url, headers=_headers(server)))
+    answer = patiently(lambda: httpx.get(url, headers=headers_of(server)))
     found: dict[str, dict[str, str]] = {alias["name"]: alias for alias in answer.json()["items"]}
     return found[name]
 
@@ -119,5 +119,5 @@ def _alias(server: TestServer, policy: str, name: str) -> dict[str, str]:
 def _audited(server: TestServer, policy: str) -> list[str]:
     """Moves of the policy's alias, in order; repeated ones once."""
     url = _aliases(server, policy, "prod/history")
-    answer = _patiently(lambda: httpx.get(url, headers=_headers(server)))
+    answer = patiently(lambda: httpx.get(url, headers=headers_of(server)))
     return sorted({event["to_digest"] for event in answer.json()["items"]})

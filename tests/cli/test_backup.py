@@ -105,7 +105,7 @@ def test_a_catalogue_on_postgresql_is_not_copied_in_part(tmp_path: Path) -> None
 
 
 def test_of_a_store_on_s3_the_rest_is_copied_and_that_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, copy = tmp_path / "data", tmp_path / "copy"
     data.mkdir()
@@ -113,11 +113,12 @@ def test_of_a_store_on_s3_the_rest_is_copied_and_that_is_said(
     digest = digest_of(b"in the bucket")
     catalog.add_checkpoint(ANN, add_run(catalog), "weights", "one", Blob(digest))
     catalog.close()
-    with pytest.raises(StoreFailed, match=f"{digest}; try again, with OPENMINT_STORE_URL if"):
+    with pytest.raises(StoreFailed, match=f"{digest}; try again, with --config"):
         backup(copy, data)
     # Nobody is there, and nobody is asked.
-    monkeypatch.setenv("OPENMINT_STORE_URL", "s3://bucket/prefix")
-    backup(copy, data)
+    config = tmp_path / "openmint.toml"
+    config.write_text(f'data = "{data}"\nstore_url = "s3://bucket/prefix"\n')
+    backup(copy, config=config)
     said = " ".join(capsys.readouterr().out.split())
     assert "without adapters and states: s3://bucket/prefix was not copied" in said
     copied = Catalog.open(f"sqlite:///{copy / 'openmint.db'}")

@@ -30,6 +30,19 @@ def test_a_new_key_is_printed_alone_and_listed_without_its_secret(tmp_path: Path
     assert key.rsplit("_", 1)[1] not in str(listed)
 
 
+def test_a_settings_file_says_where_the_keys_are(tmp_path: Path) -> None:
+    config, data = tmp_path / "openmint.toml", tmp_path / "data"
+    database = tmp_path / "elsewhere.db"
+    config.write_text(f'data = "{data}"\ndatabase_url = "sqlite:///{database}"\n')
+    at = ("--config", str(config))
+    run_cli("keys", "create", *at, "--tenant", "acme")
+    listed: Any = run_cli_json("keys", "list", *at)
+    assert [item["tenant"] for item in listed] == ["acme"]
+    run_cli("keys", "revoke", listed[0]["key_id"], "--tenant", "acme", "--yes", *at)
+    assert database.is_file()
+    assert not (data / "openmint.db").exists()
+
+
 def test_a_revoked_key_says_so(tmp_path: Path) -> None:
     create(tmp_path)
     first: Any = run_cli_json("keys", "list", "--data", str(tmp_path))

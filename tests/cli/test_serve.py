@@ -110,6 +110,17 @@ def test_a_folder_that_is_no_base_is_refused_at_once(tmp_path: Path) -> None:
     assert "local Hugging Face folder" in failed.stderr
 
 
+def test_a_database_that_is_away_is_named_with_the_remedy(
+    tiny_base: TinyBase, tmp_path: Path
+) -> None:
+    environ = {"OPENMINT_DATABASE_URL": "postgresql://ann:secret@127.0.0.1:1/db"}
+    arguments = ("--port", "0", "--base", str(tiny_base("llama")), "--data", str(tmp_path / "d"))
+    failed = run_cli("serve", *arguments, code=1, environ=environ)
+    assert "can't open the catalogue at postgresql://ann:***@127.0.0.1:1/db" in failed.stderr
+    assert "correct database_url" in failed.stderr
+    assert "secret" not in failed.stderr
+
+
 def test_two_bases_of_one_name_are_refused_at_once(tiny_base: TinyBase, tmp_path: Path) -> None:
     base = tiny_base("llama")
     twin = tmp_path / "elsewhere" / base.name

@@ -12,35 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-import safetensors.numpy
 import tinker
 
 from tests.servers import TestServer, run_cli, run_cli_json, running_server
+from tests.tiny import write_adapter
 
 pytestmark = pytest.mark.integration
 
-WIDTH, KEYS, LAYERS = 64, 32, 2
-ATTENTION = {"q_proj": WIDTH, "k_proj": KEYS, "v_proj": KEYS, "o_proj": WIDTH}
 TENANT = "many"
-
-
-def write_adapter(folder: Path, seed: int, rank: int = 1) -> Path:
-    """A PEFT folder of the tiny base's attention."""
-    random = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(LAYERS):
-        for module, num_out in ATTENTION.items():
-            stem = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            a, b = random.standard_normal((rank, WIDTH)), random.standard_normal((num_out, rank))
-            tensors[f"{stem}.lora_A.weight"] = a.astype(np.float32)
-            tensors[f"{stem}.lora_B.weight"] = b.astype(np.float32)
-    folder.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "target_modules": list(ATTENTION)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")

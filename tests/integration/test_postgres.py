@@ -1,20 +1,28 @@
-"""The service on PostgreSQL, through `kill -9`: what was acknowledged is in the database."""
+"""The service on PostgreSQL, through `kill -9` and from a dump: what was acknowledged is in the
+database."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 import tinker
 from tinker import types
 
-from tests.chaos.training import Job
+from openmint.catalog.address import TinkerPath
+from openmint.catalog.catalog import Catalog
+from tests.chaos.training import Job, T
 from tests.postgres import PostgresServer
 from tests.servers import (
     TestServer,
+    free_port,
     gateway_of,
     start_server,
     stop_server,
@@ -55,18 +63,78 @@ def ask(server: TestServer, method: str, path: str, **options: Any) -> Any:
 
 
 @pytest.fixture
-def server(
-    tiny_base: Callable[[str], Path], tmp_path: Path, postgres: PostgresServer
-) -> Iterator[TestServer]:
+def database(postgres: PostgresServer) -> Iterator[str]:
+    """The URL of an empty one."""
     with postgres.new_database() as url:
-        environ = {"OPENMINT_DATABASE_URL": url}
-        bases = [str(tiny_base("llama"))]
-        running = start_server(tmp_path, tmp_path / "data", bases=bases, environ=environ)
-        try:
-            wait_until_ready(running)
-            yield running
-        finally:
-            stop_server(running)
+        yield url
+
+
+@pytest.fixture
+def server(tiny_base: Callable[[str], Path], tmp_path: Path, database: str) -> Iterator[TestServer]:
+    with serving(tmp_path, tiny_base("llama"), database) as running:
+        yield running
+
+
+@contextmanager
+def serving(root: Path, base: Path, database: str, port: int | None = None) -> Iterator[TestServer]:
+    environ = {"OPENMINT_DATABASE_URL": database, "OPENMINT_SERVICE_SEQ_GAP_SECONDS": "0.5"}
+    running = start_server(root, root / "data", bases=[str(base)], environ=environ, port=port)
+    try:
+        wait_until_ready(running)
+        yield running
+    finally:
+        stop_server(running)
+
+
+def digest_of(database: str, path: str) -> str:
+    catalog, at = Catalog.open(database), TinkerPath.parse(path)
+    try:
+        return str(catalog.checkpoint(T, at.run_id, at.segment, at.name).digest)
+    finally:
+        catalog.close()
+
+
+def test_a_dump_and_a_copy_of_the_folder_go_on_from_there(
+    tiny_base: Callable[[str], Path], tmp_path: Path, database: str, postgres: PostgresServer
+) -> None:
+    """As docs/operations.md has it; then both are lost."""
+    base, port, copy = tiny_base("llama"), free_port(), tmp_path / "copy"
+    with serving(tmp_path, base, database, port) as server:
+        service = tinker.ServiceClient(base_url=server.url, api_key=server.admin_key)
+        run = new_run(service)
+        for step in range(2):
+            run.forward_backward(JOB.data(step), JOB.loss)
+            update(run)
+        path = save(run, "one")
+        tokens = drawn(service, path)
+        ask(server, "POST", "/aliases/prod/promote", json={"revision": "latest"})
+        aliases = ask(server, "GET", "/aliases")
+        copy.mkdir()
+        dump = ("--format=custom", "--file", str(copy / "catalogue.dump"), database)
+        subprocess.run([postgres.binaries / "pg_dump", *dump], check=True)
+        shutil.copytree(server.data, copy / "data", ignore=shutil.ignore_patterns("bases"))
+        expected = digest_of(database, str(run.save_state("after").result().path))
+    shutil.rmtree(server.data)
+    shutil.copytree(copy / "data", server.data)
+    with postgres.new_database() as restored:
+        restore = (
+            "--exit-on-error",
+            "--no-owner",
+            "--dbname",
+            restored,
+            str(copy / "catalogue.dump"),
+        )
+        subprocess.run([postgres.binaries / "pg_restore", *restore], check=True)
+        with serving(tmp_path, base, restored, port) as server, service:
+            assert ask(server, "GET", "/aliases") == aliases
+            assert drawn(service, path) == tokens
+            again = str(run.save_state("again").result().path)
+            assert digest_of(restored, again) == expected
+            with (
+                pytest.raises(psycopg.errors.IntegrityConstraintViolation),
+                psycopg.connect(restored) as sql,
+            ):
+                sql.execute("DELETE FROM audit_event")
 
 
 def test_a_client_trains_and_promotes_through_a_killed_gateway(server: TestServer) -> None:

@@ -18,6 +18,7 @@ from tests.chaos.training import Job
 from tests.s3 import S3Server
 from tests.servers import (
     TestServer,
+    gateway_of,
     run_cli,
     start_server,
     stop_server,
@@ -157,7 +158,7 @@ def test_deleted_checkpoints_leave_the_bucket(
     wait_until(lambda: not s3.object_names(environ["OPENMINT_STORE_URL"]))
 
 
-def test_an_outage_fails_what_needs_the_bucket_and_nothing_else(
+def test_an_outage_fails_what_needs_the_bucket_and_ends_nothing(
     start: Callable[[], TestServer], s3: S3Server
 ) -> None:
     server = start()
@@ -182,8 +183,13 @@ def test_an_outage_fails_what_needs_the_bucket_and_nothing_else(
             with pytest.raises(tinker.RequestFailedError, match="can't be reached"):
                 publish(run, "during")
             train(run, 3)
+            gateway_of(server).kill()
+            tried = "could not use the store"
+            wait_until(lambda: tried in server.log.read_text())
+            assert server.process.poll() is None
         finally:
             s3.start()
+        wait_until_ready(server)
         assert complete(server, f"{POLICY}@{cold}").json()["openmint"]["revision"] == cold
         assert drawn(service, publish(run, "after"))
 
@@ -195,3 +201,6 @@ def test_a_store_that_is_not_there_is_said_at_the_start(
     arguments = ("--port", "0", "--data", str(tmp_path), "--base", str(tiny_base("llama")))
     done = run_cli("serve", *arguments, code=1, environ=environ)
     assert "has no bucket 'nowhere'" in done.stderr
+    away = {**s3.environ(endpoint="http://127.0.0.1:1"), "OPENMINT_STORE_URL": "s3://bucket/there"}
+    done = run_cli("serve", *arguments, code=1, environ=away)
+    assert "could not use the store s3://bucket/there: 127.0.0.1:1 can't be reached" in done.stderr

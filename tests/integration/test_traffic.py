@@ -1,4 +1,5 @@
-"""From training to traffic through the unmodified `tinker` and `openai` clients, on both databases.
+"""From training to traffic through the unmodified `tinker` and `openai` clients, on both databases
+and both stores.
 
 A gate blocks a worse revision, a canary shifts traffic and gives it back, a rollback under load
 loses nothing.
@@ -21,6 +22,8 @@ import tinker
 from tinker import types
 
 from tests.chaos.training import Job
+from tests.postgres import PostgresServer
+from tests.s3 import S3Server
 from tests.servers import (
     TestServer,
     gateway_of,
@@ -98,17 +101,25 @@ def train(server: TestServer) -> tuple[str, str]:
     return good, bad
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["sqlite and a folder", "postgresql and s3"])
+def environ(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Of a server with this database and this store."""
+    if request.param == "sqlite and a folder":
+        yield {}
+        return
+    s3: S3Server = request.getfixturevalue("s3")
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+    with postgres.new_database() as url:
+        places = {"OPENMINT_DATABASE_URL": url, "OPENMINT_STORE_URL": s3.new_url()}
+        yield {**s3.environ(), **places}
+
+
+@pytest.fixture(scope="module")
 def traffic(
-    request: pytest.FixtureRequest,
+    environ: dict[str, str],
     tiny_base: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Traffic]:
-    environ = {}
-    if request.param == "postgresql":
-        new_database = request.getfixturevalue("postgres").new_database()
-        environ["OPENMINT_DATABASE_URL"] = new_database.__enter__()
-        request.addfinalizer(lambda: new_database.__exit__(None, None, None))
     root = tmp_path_factory.mktemp("traffic")
     with running_server(root, bases=[str(tiny_base("llama"))], environ=environ) as server:
         good, bad = train(server)

@@ -78,3 +78,18 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     store.start()
     assert not list((tmp_path / "blobs" / "incoming").iterdir())
     assert store.get(digest) == DATA
+
+
+def test_the_room_of_a_large_blob_is_freed_where_nobody_waits(tmp_path: Path) -> None:
+    """`delete` is called on the event loop, `sync_deletions` is not."""
+    store = FolderStore(tmp_path)
+    digest = store.put(DATA)
+    store.delete(digest)
+    store.delete(digest)
+    assert not store.exists(digest)
+    (moved,) = (tmp_path / "blobs" / "incoming").iterdir()
+    assert moved.stat().st_size == len(DATA)
+    assert store.put(DATA) == digest  # nothing of it is taken from the dying one
+    store.sync_deletions()
+    assert not moved.exists()
+    assert store.get(digest) == DATA

@@ -61,19 +61,37 @@ def write(file: int, data: Any) -> int:
     return write_now(file, data)
 
 
-class CountCommits(MetaPathFinder):
-    """Counts the commits of every SQLAlchemy engine, once SQLAlchemy is loaded."""
+def count_commits() -> None:
+    """Those of every SQLAlchemy engine."""
+    from sqlalchemy import Engine, event
+
+    event.listen(Engine, "commit", counted(lambda connection: None))
+
+
+def count_objects() -> None:
+    """What is asked of S3."""
+    import obstore
+
+    for name in ("put", "delete"):
+        setattr(obstore, name, counted(getattr(obstore, name)))
+
+
+class CountLater(MetaPathFinder):
+    """Counts what libraries do, once a module of ours is about to load them."""
+
+    def __init__(self) -> None:
+        self._waiting = {
+            "openmint.catalog.database": count_commits,
+            "openmint.store.s3_store": count_objects,
+        }
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "openmint.catalog.database":
-            sys.meta_path.remove(self)
-            from sqlalchemy import Engine, event
-
-            event.listen(Engine, "commit", counted(lambda connection: None))
+        if count := self._waiting.pop(name, None):
+            count()
 
 
 if "OPENMINT_TEST_CRASH_FILE" in os.environ:
     os.write = write
     for name in ("fsync", "fdatasync", "rename", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
-    sys.meta_path.insert(0, CountCommits())
+    sys.meta_path.insert(0, CountLater())
