@@ -7,6 +7,7 @@ by residency and once by a hash of the revision (`service/routing.py`).
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,8 @@ def one(root: Path, routing: str, names: Sequence[str], seed: int) -> Drive:
     shares = (1.0 + np.arange(len(names))) ** -EXPONENT
     drawn = numbers.choice(len(names), NUM_REQUESTS, p=shares / shares.sum())
     models = [names[index] for index in drawn]
+    # Else its workers would bring in what the service before was asked for.
+    shutil.rmtree(root / "data" / "residency", ignore_errors=True)
     with running_server(root, environ=environ) as server:
         while sum(worker["alive"] for worker in server.worker_stats()) < NUM_REPLICAS:
             time.sleep(STATS_SECONDS)
