@@ -118,7 +118,8 @@ class Tiers:
         has failed."""
         for revision, weights in list(self._landed.items()):
             why_never = self._why_never(revision, weights)
-            if why_never is not None or self._admit(revision, weights):
+            is_there = revision in self.host  # kept after an export while it was loaded
+            if is_there or why_never is not None or self._admit(revision, weights):
                 del self._landed[revision]
             if why_never is not None:
                 self._on_failed(revision, why_never)

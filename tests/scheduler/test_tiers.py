@@ -339,6 +339,20 @@ def test_what_finds_no_room_beside_pins_is_refused_and_stops_no_other_load(
     assert bench.do(work(wide)).revision == wide
 
 
+def test_what_an_export_brings_while_it_is_loaded_is_there_once(
+    model: Path, stored: Stored
+) -> None:
+    store, revisions, size = stored
+    bench = Later(model, store)
+    bench.scheduler.hold(Hold((revisions[0],)))
+    tiers = bench.scheduler._tiers
+    tiers.keep(revisions[0], tiers._archive.load_revision(revisions[0]))
+    bench.finish_jobs()
+    bench.scheduler.step()
+    assert tiers.host.used_bytes == size
+    assert_nothing_held(bench, revisions[0])
+
+
 def test_random_lives_of_many_revisions_keep_the_books(model: Path, stored: Stored) -> None:
     store, revisions, size = stored
     numbers = np.random.default_rng(0)
