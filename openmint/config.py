@@ -122,9 +122,15 @@ class ServiceConfig:
     tenant_tokens_per_minute: int = 0
     """The same for its tokens, trained, read and generated."""
     tenant_resident_adapters: int = 0
-    """The same for its live training runs and the revisions that it samples from at one time."""
+    """The same for its live training runs and the revisions that it samples from at one time or has
+    pinned."""
     tenant_stored_bytes: int = 0
     """The same for the bytes of its checkpoints and revisions."""
+    pin_share: float = 0.5
+    """Part of each worker's `worker.host_bytes` that revisions of pinned aliases may take; a pin
+    that would take more is refused."""
+    tenant_pin_share: float = 0.25
+    """The same for the pins of one tenant."""
     keep_revisions: int = 0
     """How many of its newest revisions a policy keeps that says nothing itself; 0 is all. What an
     alias names is kept besides, and what its last moves may be rolled back to."""
@@ -149,6 +155,8 @@ class ServiceConfig:
             raise InvalidRequest(
                 f"setting service.routing is residency or sticky, got {self.routing!r}"
             )
+        _within("service.pin_share", self.pin_share, 0.0, 0.9)
+        _within("service.tenant_pin_share", self.tenant_pin_share, 0.0, 0.9)
         _at_least("service.keep_revisions", self.keep_revisions, 0)
         _at_least("service.keep_rollbacks", self.keep_rollbacks, 0)
         _at_least("service.grace_seconds", self.grace_seconds, 0)
@@ -273,3 +281,8 @@ def _wrong_type(name: str, value: Any, default: Any) -> InvalidRequest:
 def _at_least(name: str, value: float, least: float) -> None:
     if value < least:
         raise InvalidRequest(f"setting {name} must be at least {least}, got {value}")
+
+
+def _within(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise InvalidRequest(f"setting {name} must be {least:g} to {most:g}, got {value:g}")

@@ -148,6 +148,11 @@ class BaseInfo:
         """The modules that `spec` adapts."""
         return tuple(target for stack in self.stacks_of(spec) for target in stack.targets)
 
+    def adapter_bytes(self, spec: LoraSpec) -> int:
+        """What an adapter of the base takes in host memory, in the precision of the base."""
+        num_values = sum(len(s.targets) * (s.num_in + s.num_out) for s in self.stacks_of(spec))
+        return spec.rank * num_values * self.weight_bytes // self.num_params
+
 
 @dataclass(frozen=True, slots=True)
 class AdamParams:

@@ -19,6 +19,7 @@ from openmint.catalog.garbage import GarbageRecords
 from openmint.catalog.gates import GateRecords
 from openmint.catalog.imports import ImportRecords
 from openmint.catalog.keys import KeyRecords, load_pepper
+from openmint.catalog.pins import PinRecords
 from openmint.catalog.policies import PolicyRecords, RunRecords
 from openmint.catalog.requests import RequestRecords
 from openmint.catalog.retention import RetentionRecords
@@ -47,6 +48,7 @@ class Catalog(
     CanaryRecords,
     GateRecords,
     WatchRecords,
+    PinRecords,
     ScheduleRecords,
     EvaluationRecords,
     AuditRecords,

@@ -338,6 +338,18 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """An alias whose revisions are to stay in host memory."""
+
+    tenant: Tenant
+    policy_name: str
+    alias: str
+    created_at: datetime
+    revisions: tuple[Revision, ...]
+    """What the alias names now, and after that its canary, if one runs."""
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """Values of a metric, each from 0 to 1, for answers of a policy's revision."""
 

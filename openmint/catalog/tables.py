@@ -347,6 +347,17 @@ observation = Table(
     sqlite_with_rowid=False,
 )
 
+pin = Table(
+    "pin",
+    METADATA,
+    # An alias whose revisions stay in host memory; see catalog/pins.py.
+    Column("policy_id", INT64, ForeignKey("policy.policy_id"), nullable=False),
+    _required("alias", TEXT),
+    _required("created_at", Instant),
+    PrimaryKeyConstraint("policy_id", "alias"),
+    sqlite_with_rowid=False,
+)
+
 schedule = Table(
     "schedule",
     METADATA,

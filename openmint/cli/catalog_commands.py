@@ -28,6 +28,7 @@ aliases = typer.Typer(help="Aliases: movable names of revisions.", no_args_is_he
 PolicyArgument = Annotated[str, typer.Argument(metavar="TENANT/POLICY")]
 LimitOption = Annotated[int, typer.Option(help="At most this many.", min=1)]
 AliasOption = Annotated[str, typer.Option("--alias", help="Name to move.")]
+PinnedOption = Annotated[str, typer.Option("--alias", help="What it names stays in memory.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 OverrideOption = Annotated[
     str | None, typer.Option(help="Why it may pass gates that it fails; kept in the history.")
@@ -60,6 +61,7 @@ REVISION_COLUMNS = (
     "number", "digest", "num_optim_steps", "rank", "alpha", "size_bytes", "origin", "created_at",
 )  # fmt: skip
 POLL_SECONDS = 0.5
+PIN_COLUMNS = ("pinned", "digest", "state", "num_bytes")
 ALIAS_COLUMNS = ("name", "digest", "version", "canary", "updated_at")
 EVENT_COLUMNS = (
     "event_id", "action", "from_digest", "to_digest", "share", "actor", "reason",
@@ -75,6 +77,9 @@ def register(app: typer.Typer) -> None:
     app.command()(promote)
     app.command()(rollback)
     app.command()(prewarm)
+    app.command()(pin)
+    app.command()(unpin)
+    app.command("pins")(list_pins)
     app.command()(tag)
     app.command()(untag)
     app.command()(gc)
@@ -350,6 +355,46 @@ def prewarm(
             console.print(f"{item['model']} is {item['digest']}, in memory")
 
 
+def pin(
+    policy: PolicyArgument,
+    alias: PinnedOption = "prod",
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """Keep what an alias names in memory from now on, also after its moves and after restarts."""
+    with connect(url, key, data) as remote:
+        pinned = remote.put(f"{policy_path(policy)}/aliases/{alias}/pin", {})
+    show(pinned if as_json else _rows_of(pinned), as_json=as_json, columns=PIN_COLUMNS)
+
+
+def unpin(
+    policy: PolicyArgument,
+    alias: PinnedOption = "prod",
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Let what an alias names leave memory like any other."""
+    with connect(url, key, data) as remote:
+        remote.send("DELETE", f"{policy_path(policy)}/aliases/{alias}/pin")
+
+
+def list_pins(
+    tenant: TenantOption = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = "",
+    data: DataOption = DEFAULT_DATA,
+    as_json: JsonFlag = False,
+) -> None:
+    """The pinned aliases, and whether what they name is in memory."""
+    with connect(url, key, data) as remote:
+        items = remote.get("/catalog/v1/pins", tenant=tenant)["items"]
+    rows = [row for item in items for row in _rows_of(item)]
+    show(items if as_json else rows, as_json=as_json, columns=PIN_COLUMNS)
+
+
 def tag(
     thing: ThingArgument,
     word: Annotated[str, typer.Argument(metavar="TAG")],
@@ -393,6 +438,13 @@ def _tag_path(thing: str, word: str) -> str:
         raise InvalidRequest(f"a tag matches {NAME.pattern}, got {word!r}")
     place = revision_path(thing) if "@" in thing else policy_path(thing)
     return f"{place}/tags/{word}"
+
+
+def _rows_of(pin: Any) -> list[Any]:
+    """A row for each revision of a pinned alias."""
+    return [
+        {"pinned": f"{pin['policy']}@{pin['alias']}", **revision} for revision in pin["revisions"]
+    ]
 
 
 def policy_path(policy: str) -> str:

@@ -40,6 +40,7 @@ from openmint.scheduler.work import (
     Drain,
     Failed,
     Forget,
+    Hold,
     Ready,
     Submit,
     ToGateway,
@@ -190,6 +191,8 @@ def serve(scheduler: Scheduler, inbox: Inbox, link: Link) -> None:
                     scheduler.cancel(item)
                 case Forget():
                     scheduler.forget_updates(item)
+                case Hold():
+                    scheduler.hold(item)
                 case Drain():
                     draining = True
                 case None:

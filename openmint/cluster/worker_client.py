@@ -22,6 +22,7 @@ from openmint.scheduler.work import (
     Drain,
     Failed,
     Forget,
+    Hold,
     Prewarm,
     Ready,
     Result,
@@ -55,6 +56,8 @@ STATS_SECONDS = 1.0
 RETURN_SECONDS = 120.0
 """How long samples wait for a worker that died to be started again."""
 STOPPED = "stopped while this was running"
+HOLD_AGAIN_SECONDS = 30.0
+"""After which a worker is told again what to hold, so that it tries again what failed."""
 MOST_RUNS = 3
 """Workers that a sample may be sent to. If all of them died, it may be the cause."""
 
@@ -119,6 +122,9 @@ class WorkerClient:
         self.stats = WorkerStats()
         self._resident: frozenset[Digest] = frozenset()
         self._asked_at: dict[Digest, float] = {}
+        self.held: tuple[Digest, ...] = ()
+        """What each worker behind this is told to keep in host memory."""
+        self._hold_again_at = 0.0
         self.heard_at_seconds = 0.0
         """When the worker last said something; it does so about once a second, between steps."""
         self.observer: Observer | None = None
@@ -146,6 +152,8 @@ class WorkerClient:
             self._giving_up.cancel()
         if self._waiting and ready.base.digest != self.base.digest:
             self._fail_all("was restarted with other weights")
+        if self.held and ready.base.digest != self.base.digest:
+            self.held = ()  # revisions of the other base
         self.base, self.epoch = ready.base, ready.epoch
         self._writer, self._is_over = writer, False
         self._resident = frozenset()
@@ -155,6 +163,8 @@ class WorkerClient:
         for work_id, waiting in self._waiting.items():
             if not waiting.future.done():
                 self._start(work_id, waiting)
+        if self.held:
+            self._say_hold()
 
     @property
     def name(self) -> str:
@@ -173,6 +183,10 @@ class WorkerClient:
     def has(self, revision: Digest) -> bool:
         """Whether the revision is in the worker's memory, or likely to be on its way there."""
         return revision in self._resident or revision in self._asked_at
+
+    def is_resident(self, revision: Digest) -> bool:
+        """Whether the worker that runs now has said that it is in its host memory."""
+        return self.alive and revision in self._resident
 
     def sampled_revisions(self, tenant: Tenant) -> set[Digest]:
         """Those that samples of the tenant run on or wait for."""
@@ -217,6 +231,16 @@ class WorkerClient:
         if self.alive:
             self._send(Forget(run_id, through_seq))
 
+    def hold(self, revisions: tuple[Digest, ...]) -> None:
+        """Have exactly these in the worker's host memory from now on, and in that of each one that
+        comes after it. Cheap when nothing has changed."""
+        is_soon = time.monotonic() < self._hold_again_at
+        if revisions == self.held and (is_soon or not revisions):
+            return
+        self.held = revisions
+        if self.alive:
+            self._say_hold()
+
     async def drain(self) -> None:
         """Ask the worker to finish its queue and exit; returns when the link is closed."""
         self._is_over = True
@@ -260,6 +284,10 @@ class WorkerClient:
             waiting.stream.begin_again()
         waiting.num_runs += 1
         self._send(Submit(work_id, waiting.command))
+
+    def _say_hold(self) -> None:
+        self._hold_again_at = time.monotonic() + HOLD_AGAIN_SECONDS
+        self._send(Hold(self.held))
 
     def _send(self, message: ToWorker) -> None:
         assert self._writer is not None

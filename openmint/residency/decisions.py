@@ -25,13 +25,14 @@ MOST_BYTES = 32 << 20
 """Of one file; about 300,000 lines."""
 
 NOBODY = Digest("")
-Kind = Literal["start", "want", "release", "refuse", "load", "admit", "evict"]
+Kind = Literal["start", "want", "hold", "release", "refuse", "load", "admit", "evict"]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happened to a revision: it was wanted (and held), let go of, refused, loaded in so many
-    seconds, taken into host memory, or sent out of it. `start` begins a worker's memory anew."""
+    """What happened to a revision: it was wanted (and held), held for an alias's pin, let go of,
+    refused, loaded in so many seconds, taken into host memory, or sent out of it. `start` begins a
+    worker's memory anew."""
 
     kind: Kind
     revision: Digest = NOBODY
@@ -138,6 +139,8 @@ def redo(decisions: Iterable[Decision]) -> Iterator[tuple[list[Digest], list[Dig
         match each.kind:
             case "want":
                 tier.use(each.revision)
+                tier.pin(each.revision)
+            case "hold":
                 tier.pin(each.revision)
             case "refuse":
                 tier.use(each.revision)

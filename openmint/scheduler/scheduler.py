@@ -52,6 +52,7 @@ from openmint.scheduler.work import (
     ExportRun,
     Failed,
     Forget,
+    Hold,
     OptimResult,
     OptimWork,
     Prewarm,
@@ -505,6 +506,12 @@ class Scheduler:
 
     # -- residency --------------------------------------------------------------------------------
 
+    def hold(self, message: Hold) -> None:
+        try:
+            self._tiers.hold(message.revisions)
+        except Overloaded as error:  # the message comes again
+            log.warning("not all pinned revisions are loaded now: %s", error.message)
+
     def _prewarm(self, work_id: int, work: Prewarm) -> None:
         deadline_at = time.monotonic() + self._load_seconds_of(work)
         self._tiers.want(work.revision, Priority.PREFETCH, deadline_at)
@@ -524,6 +531,8 @@ class Scheduler:
 
     def _fail_revision(self, revision: Digest, error: Exception) -> None:
         """Its load failed: all who wait for it hear why."""
+        if self._tiers.is_held(revision):
+            log.warning("pinned revision %s was not loaded: %s", revision, error)
         for work_id, prewarming in list(self._prewarming.items()):
             if prewarming.revision == revision:
                 self._end_prewarm(work_id, _as_known(error))

@@ -7,6 +7,7 @@ without loss, and more revisions than there are slots take turns in them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -48,6 +49,7 @@ class Tiers:
         self.counters = Counter[str]()
         self._weights: dict[Digest, Weights] = {}
         self._landed: dict[Digest, Weights] = {}
+        self._held: frozenset[Digest] = frozenset()
         self._queue: dict[Digest, None] = {}
         self._steps_in_slot: Counter[Digest] = Counter()
 
@@ -76,6 +78,26 @@ class Tiers:
         if not self.host.is_pinned(revision):
             self.loads.give_up(revision)
 
+    def hold(self, revisions: Sequence[Digest]) -> None:
+        """Let exactly these never leave host memory from now on, loading those that aren't there
+        after all that somebody waits for. Raises Overloaded, holding them nevertheless, when too
+        many loads wait; doing it again tries again, and what failed too."""
+        before, self._held = self._held, frozenset(revisions)
+        for revision in self._held - before:
+            self._decisions.note(Decision("hold", revision))
+            self.host.pin(revision)
+        try:
+            for revision in revisions:
+                if not self.is_here(revision):
+                    self.loads.want(revision, Priority.PREFETCH, time.monotonic(), math.inf)
+        finally:
+            for revision in before - self._held:
+                self.release(revision)
+            self._start_loads()
+
+    def is_held(self, revision: Digest) -> bool:
+        return revision in self._held
+
     def keep(self, revision: Digest, weights: Weights) -> None:
         """Weights that were just exported are likely to be sampled from: keep them, and give them a
         slot, as far as there is room."""
@@ -92,10 +114,15 @@ class Tiers:
 
     def take_in(self) -> None:
         """Give host memory to what was loaded, as far as held revisions leave room, and have the
-        next ones loaded. What finds no room holds up loads: memory is bounded."""
+        next ones loaded. What finds no room holds up loads: memory is bounded. What never could
+        has failed."""
         for revision, weights in list(self._landed.items()):
-            if self._admit(revision, weights):
+            why_never = self._why_never(revision, weights)
+            is_there = revision in self.host  # kept after an export while it was loaded
+            if is_there or why_never is not None or self._admit(revision, weights):
                 del self._landed[revision]
+            if why_never is not None:
+                self._on_failed(revision, why_never)
         self._start_loads()
 
     def fill_slots(self, wanted: Sequence[Digest]) -> None:
@@ -157,8 +184,6 @@ class Tiers:
                 self.counters["loads"] += 1
                 self.times.learn(weights.num_bytes, seconds)
                 self._decisions.note(Decision("load", revision, weights.num_bytes, seconds))
-                error = self._why_never(revision, weights)
-            if error is None:
                 self._landed[revision] = weights
             else:
                 self._on_failed(revision, error)
@@ -184,14 +209,17 @@ class Tiers:
         return True
 
     def _why_never(self, revision: Digest, weights: Weights) -> Overloaded | None:
-        """Why the weights could not be resident, however empty memory were."""
-        for needed, tier, setting in (
-            (weights.num_bytes, self.host, "host_bytes"),
-            (self._engine.slot_bytes(weights), self.slots, "serving_bytes"),
+        """Why the weights could not be resident, were there nothing but what is held."""
+        others = self._held.intersection(self._weights) - {revision}
+        held_bytes = sum(self._weights[each].num_bytes for each in others)
+        for needed, tier, held, setting in (
+            (weights.num_bytes, self.host, held_bytes, "host_bytes"),
+            (self._engine.slot_bytes(weights), self.slots, 0, "serving_bytes"),
         ):
-            if needed > tier.budget_bytes:
+            if needed > tier.budget_bytes - held:
+                beside = f" and {held} of them pinned; unpin, or" if held else ";"
                 return Overloaded(
                     f"revision {revision} needs {needed} bytes of serving memory, the worker has "
-                    f"{tier.budget_bytes}; raise worker.{setting}"
+                    f"{tier.budget_bytes}{beside} raise worker.{setting}"
                 )
         return None

@@ -287,7 +287,16 @@ class Forget:
     through_seq: int
 
 
-ToWorker = Submit | Cancel | Forget | Drain
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Keep exactly these revisions in host memory from now on: what is new is loaded after all that
+    somebody waits for, what was held before and isn't named may leave. Said again, what could not
+    be loaded is tried again. Has no result; `WorkerStats` says what is in memory."""
+
+    revisions: tuple[Digest, ...]
+
+
+ToWorker = Submit | Cancel | Forget | Hold | Drain
 
 
 @dataclass(frozen=True, slots=True)

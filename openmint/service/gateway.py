@@ -22,6 +22,7 @@ from openmint.service.evaluations import Evaluations
 from openmint.service.futures import Futures
 from openmint.service.limits import Limits
 from openmint.service.meter import Meter
+from openmint.service.pinning import Pinning
 from openmint.service.prewarming import Prewarming
 from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
@@ -60,6 +61,7 @@ class Gateway:
     completions: Completions
     promotion: Promotion
     prewarming: Prewarming
+    pinning: Pinning
     watching: Watching
     adapters: Adapters
     evaluations: Evaluations
@@ -73,6 +75,7 @@ class Gateway:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Sweep until the exit."""
+        await self.pinning.apply()
         self.evaluations.fail_abandoned()
         keepers = [
             asyncio.create_task(self._sweep_forever(), name="sweeper"),
@@ -91,6 +94,7 @@ class Gateway:
     async def sweep(self) -> None:
         """Forget old results, bring records up to date, close and delete what is over."""
         now = time.monotonic()
+        await self.pinning.apply()
         await self.training.forget(self.futures.sweep(now))
         await self.training.keep_records()
         await self.meter.flush()
@@ -135,7 +139,10 @@ def build_gateway(
     limits = Limits(catalog, default_quota(service))
     meter = Meter(catalog, limits)
     training = Training(catalog, workers, futures, sessions, limits, meter, service.seq_gap_seconds)
-    limits.count_resident_by(lambda t: (training.num_runs(t), workers.sampled_revisions(t)))
+    pinning = Pinning(catalog, workers, limits, settings)
+    limits.count_resident_by(
+        lambda t: (training.num_runs(t), workers.sampled_revisions(t) | pinning.revisions(t))
+    )
     sampling = Sampling(catalog, workers, futures, sessions, limits)
     collector = Collector(catalog, store, service.grace_seconds)
     probes = Probes(catalog, workers, service.drift_alarm)
@@ -143,7 +150,7 @@ def build_gateway(
         catalog, store, workers, sessions, training, sampling, collector, probes, limits, meter
     )
     targets = Targets(catalog, workers, sampling)
-    prewarming = Prewarming(targets)
+    prewarming = Prewarming(targets, pinning)
     watching = Watching(catalog, prewarming)
     completions = Completions(targets, TokenizerCache(), limits, watching)
     evaluations = Evaluations(catalog, completions)
@@ -163,6 +170,7 @@ def build_gateway(
         completions,
         Promotion(catalog, prewarming),
         prewarming,
+        pinning,
         watching,
         Adapters(catalog, store, workers, collector, probes, limits),
         evaluations,

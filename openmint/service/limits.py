@@ -21,7 +21,7 @@ STORE_RETRY_SECONDS, ADAPTER_RETRY_SECONDS = 60.0, 5.0
 
 
 Resident = Callable[[Tenant], tuple[int, set[Digest]]]
-"""A tenant's live training runs, and the revisions that it samples from."""
+"""A tenant's live training runs, and the revisions that it samples from or has pinned."""
 
 
 @dataclass(slots=True)
@@ -92,13 +92,18 @@ class Limits:
         if revision is not None and revision not in sampled:
             self._check_adapters(tenant, num_runs, len(sampled) + 1)
 
+    def check_pin(self, tenant: Tenant, revisions: set[Digest]) -> None:
+        """Raises LimitReached unless the tenant may have these resident too."""
+        num_runs, sampled = self._resident(tenant)
+        self._check_adapters(tenant, num_runs, len(sampled | revisions))
+
     def _check_adapters(self, tenant: Tenant, num_runs: int, num_sampled: int) -> None:
         most = self.quota(tenant).resident_adapters
         if most is not None and num_runs + num_sampled > most:
             raise LimitReached(
                 f"tenant {tenant!r} may have {most} adapters resident; with this it would have "
-                f"{num_runs} live training runs and {num_sampled} sampled revisions. End a "
-                "session, or wait for samples to finish",
+                f"{num_runs} live training runs and {num_sampled} sampled or pinned revisions. End "
+                "a session, unpin an alias, or wait for samples to finish",
                 ADAPTER_RETRY_SECONDS,
             )
 

@@ -14,6 +14,7 @@ import structlog
 from openmint.errors import InvalidRequest, OpenMintError
 from openmint.scheduler.work import Prewarm
 from openmint.service.completions import together
+from openmint.service.pinning import Pinning
 from openmint.service.targets import Target, Targets
 from openmint.types import Digest, Tenant
 
@@ -23,6 +24,7 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class Prewarming:
     targets: Targets
+    pinning: Pinning
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def prewarm(
@@ -38,7 +40,8 @@ class Prewarming:
         return await together([_load(tenant, target, load_seconds) for target in targets])
 
     def after_move(self, tenant: Tenant, policy: str, digest: Digest) -> None:
-        """What an alias names now is likely to be asked for soon."""
+        """What an alias names now is likely to be asked for soon, and pins follow it."""
+        self.pinning.follow()
         task = asyncio.create_task(self._follow(tenant, f"{tenant}/{policy}@{digest}"))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -150,6 +150,7 @@ class Promotion:
             expected_version=expected_version,
             override_reason=override_reason,
         )
+        self.prewarming.after_move(tenant, policy, moved.digest)
         log.info("promoted", policy=f"{tenant}/{policy}", alias=alias, digest=moved.digest)
         return moved
 
@@ -176,6 +177,7 @@ class Promotion:
             reason=reason,
             expected_version=expected_version,
         )
+        self.prewarming.after_move(tenant, policy, kept.digest)
         log.info("canary_aborted", policy=f"{tenant}/{policy}", alias=alias, digest=kept.digest)
         return kept
 

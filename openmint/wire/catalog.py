@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from openmint.catalog.records import (
     DoomedBlob,
     Evaluation,
     ImportOutcome,
+    Pin,
     Policy,
     Quota,
     RetentionPlan,
@@ -211,6 +213,20 @@ def encode_alias(alias: Alias) -> Json:
         "version": alias.version,
         "updated_at": _time(alias.updated_at),
         "canary": canary,
+    }
+
+
+def encode_pin(pin: Pin, states: Sequence[tuple[str, int | None]]) -> Json:
+    """A pinned alias; of each revision that it names, where it is and what it takes there."""
+    pairs = zip(pin.revisions, states, strict=True)
+    return {
+        "policy": f"{pin.tenant}/{pin.policy_name}",
+        "alias": pin.alias,
+        "created_at": _time(pin.created_at),
+        "revisions": [
+            {"digest": revision.digest, "state": state, "num_bytes": num_bytes}
+            for revision, (state, num_bytes) in pairs
+        ],
     }
 
 

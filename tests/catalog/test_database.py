@@ -16,7 +16,7 @@ from openmint.catalog.rows import SHAPES, SPEC_FIELDS
 from openmint.errors import InvalidRequest, StoreFailed
 from tests.catalog.made import ANN, RUN, add_run, blob
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
 
 
 def differences(connection: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from openmint.errors import EngineFailed
 from openmint.scheduler.work import (
     Delta,
     Done,
+    Hold,
     OptimWork,
     Ready,
     SampleDelta,
@@ -24,7 +25,7 @@ from openmint.scheduler.work import (
     SampleWork,
     Submit,
 )
-from openmint.types import AdamParams, RunId, SamplingParams, Tenant
+from openmint.types import AdamParams, Digest, RunId, SamplingParams, Tenant
 from tests.catalog.made import BASE, base_named
 
 T = Tenant("t")
@@ -47,6 +48,11 @@ class PlayedWorker:
         worker = cls(*await asyncio.open_connection(sock=theirs))
         cls.met.append(worker)
         return worker
+
+    async def held(self) -> tuple[Digest, ...]:
+        message = await read_frame(self._reader)
+        assert isinstance(message, Hold)
+        return message.revisions
 
     async def work_id(self) -> int:
         message = await read_frame(self._reader)
@@ -194,5 +200,55 @@ def test_commands_of_a_run_end_with_their_worker() -> None:
             await update
         with pytest.raises(EngineFailed, match="is not running"):
             await client.call(OptimWork(RunId("r"), T, AdamParams()))
+
+    played(story)
+
+
+HELD = (Digest("sha256:1"), Digest("sha256:2"))
+
+
+def test_each_worker_is_told_what_to_hold_after_the_samples_that_wait() -> None:
+    async def story(client: WorkerClient) -> None:
+        worker = await PlayedWorker.behind(client)
+        client.hold(HELD)
+        assert await worker.held() == HELD
+        sample = asyncio.create_task(client.call(WORK))
+        await worker.work_id()
+        await worker.dies(client)
+        client.hold(HELD[:1])
+        worker = await PlayedWorker.behind(client)
+        worker.finishes(await worker.work_id())
+        assert await worker.held() == HELD[:1]
+        await sample
+
+    played(story)
+
+
+def test_what_has_not_changed_is_said_again_only_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story(client: WorkerClient) -> None:
+        worker = await PlayedWorker.behind(client)
+        for revisions in ((), HELD, HELD, HELD[:1], ()):
+            client.hold(revisions)
+        assert [await worker.held() for _ in range(3)] == [HELD, HELD[:1], ()]
+        monkeypatch.setattr(worker_client, "HOLD_AGAIN_SECONDS", 0.0)
+        client.hold(HELD)
+        client.hold(HELD)
+        assert [await worker.held() for _ in range(2)] == [HELD, HELD]
+
+    played(story)
+
+
+def test_a_worker_with_another_base_is_not_told_to_hold_what_the_last_one_did() -> None:
+    async def story(client: WorkerClient) -> None:
+        worker = await PlayedWorker.behind(client)
+        client.hold(HELD)
+        await worker.held()
+        await worker.dies(client)
+        worker = await PlayedWorker.behind(client, base_named("other"))
+        assert client.held == ()
+        client.hold(HELD[1:])
+        assert await worker.held() == HELD[1:]
 
     played(story)

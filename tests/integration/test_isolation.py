@@ -405,6 +405,9 @@ ROWS: dict[str, Row] = {
     f"DELETE {CATALOG}/aliases/{{alias}}/gates/{{gate_id}}": Row(
         TRAIN, at={**HELD, "gate_id": World.make_gate}
     ),
+    "GET /catalog/v1/pins": Row(ANY, params=lambda w: {"tenant": OWNER}),
+    f"PUT {CATALOG}/aliases/{{alias}}/pin": Row(TRAIN),
+    f"DELETE {CATALOG}/aliases/{{alias}}/pin": Row(TRAIN),
     "POST /catalog/v1/prewarm": Row(USE, lambda w: {"models": [POLICY]}),
     "GET /catalog/v1/tasks": Row(ANY, foreign=None),
     "POST /catalog/v1/tasks": Row(TRAIN, lambda w: {**TASK, "name": "else"}, foreign=None),

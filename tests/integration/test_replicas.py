@@ -103,3 +103,28 @@ def test_both_serve_each_revision_is_read_once_and_one_may_die(server: TestServe
         victim.kill()
         again = asyncio.run(ask(server, models))
         assert again == answers
+
+
+def test_each_of_them_holds_what_is_pinned_and_so_does_its_successor(server: TestServer) -> None:
+    headers = {"Authorization": f"Bearer {server.admin_key}"}
+    with httpx.Client(base_url=f"{server.url}/catalog/v1", headers=headers) as http:
+
+        def wait_for(state: str) -> None:
+            deadline = time.monotonic() + READY_SECONDS
+            while True:
+                (pin,) = http.get("/pins").raise_for_status().json()["items"]
+                if pin["revisions"][0]["state"] == state:
+                    return
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+        http.put(f"/policies/{POLICIES[0]}/aliases/latest/pin").raise_for_status()
+        wait_for("held")
+        assert [worker["num_resident_revisions"] > 0 for worker in server.worker_stats()] == [
+            True,
+            True,
+        ]
+        for victim in workers_of(server):
+            victim.kill()
+        wait_for("loading")
+        wait_for("held")

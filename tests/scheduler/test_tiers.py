@@ -15,7 +15,7 @@ from openmint.errors import NotFound, Overloaded
 from openmint.residency.decisions import Decision, redo
 from openmint.scheduler.scheduler import EXPIRY_SECONDS
 from openmint.scheduler.tiers import TURN_STEPS
-from openmint.scheduler.work import Cancel, SampleDelta, SampleResult, SampleWork
+from openmint.scheduler.work import Cancel, Hold, SampleDelta, SampleResult, SampleWork
 from openmint.store.blobs import digest_of
 from openmint.types import Digest, LoraSpec, Priority, RunId, SamplingParams, Tenant
 from tests.workbench import Workbench, prompt_of, random_model, train_work
@@ -60,11 +60,21 @@ def answers(bench: Workbench, works: Sequence[SampleWork]) -> list[list[int]]:
     return found
 
 
-def assert_nothing_held(bench: Workbench) -> None:
+def hold(bench: Workbench, *revisions: Digest) -> None:
+    """As a worker is told to, once all loads are over."""
+    bench.scheduler.hold(Hold(revisions))
+    bench.run()
+    bench.scheduler.step()
+
+
+def assert_nothing_held(bench: Workbench, *pinned: Digest) -> None:
+    """Nothing but the pinned, which are in memory."""
     tiers = bench.scheduler._tiers
+    assert dict(tiers.host._pins) == dict.fromkeys(pinned, 1)
+    assert not tiers.slots._pins
+    assert set(pinned) <= set(tiers.host.resident)
     for tier in (tiers.host, tiers.slots):
         tier.check_integrity()
-        assert not tier._pins
         assert tier.used_bytes <= tier.budget_bytes
     assert set(tiers.slots.resident) <= set(tiers.host.resident)
     assert set(tiers.slots.resident) == set(bench.engine._slots)
@@ -237,6 +247,112 @@ def test_a_load_that_fails_teaches_the_estimate_nothing(model: Path, stored: Sto
     assert_nothing_held(bench)
 
 
+def test_pinned_revisions_outlast_a_flood_larger_than_memory(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    bench = Workbench(model, store, host_bytes=int(3.5 * size))
+    hold(bench, *revisions[:2])
+    assert bench.scheduler.stats().revision_loads == 2
+    for _ in range(20):
+        for each in revisions[2:]:
+            bench.do(work(each, max_tokens=2))
+    before = bench.scheduler.stats().revision_loads
+    assert before > 2 + len(revisions[2:])
+    for each in revisions[:2]:
+        assert bench.do(work(each, load_seconds=0.0)).revision == each
+    assert bench.scheduler.stats().revision_loads == before
+    assert_nothing_held(bench, *revisions[:2])
+
+
+def test_holding_is_a_set_and_saying_it_again_changes_nothing(model: Path, stored: Stored) -> None:
+    store, revisions, _ = stored
+    bench = Workbench(model, store)
+    for _ in range(3):
+        hold(bench, *revisions[:2])
+    assert bench.scheduler.stats().revision_loads == 2
+    hold(bench, *revisions[1:3])
+    assert_nothing_held(bench, *revisions[1:3])
+    kinds = [(each.kind, each.revision) for each in bench.decisions.all]
+    assert kinds.index(("hold", revisions[2])) < kinds.index(("release", revisions[0]))
+    hold(bench)
+    assert_nothing_held(bench)
+
+
+def test_what_is_held_is_loaded_after_what_somebody_waits_for(model: Path, stored: Stored) -> None:
+    store, revisions, _ = stored
+    bench = Later(model, store, parallel_loads=1)
+    bench.scheduler.hold(Hold(tuple(revisions[:3])))
+    bench.submit(work(revisions[4], priority=Priority.BATCH))
+    bench.submit(work(revisions[2]))
+    while bench.jobs:
+        bench.finish_jobs()
+        bench.scheduler.step()
+    loaded = [each.revision for each in bench.decisions.all if each.kind == "load"]
+    assert loaded == [revisions[i] for i in (0, 2, 4, 1)]
+    bench.run()
+    assert_nothing_held(bench, *revisions[:3])
+
+
+def test_a_load_that_fails_is_tried_again_and_holds_up_nobody(model: Path, stored: Stored) -> None:
+    store, revisions, _ = stored
+    bench = Workbench(model, store)
+    archive = bench.scheduler._tiers._archive
+    load, broken = archive.load_revision, {revisions[0]}
+
+    def load_unless_broken(revision: Digest) -> Any:
+        if revision in broken:
+            raise NotFound("not there")
+        return load(revision)
+
+    archive.load_revision = load_unless_broken  # type: ignore[method-assign]
+    hold(bench, *revisions[:2])
+    assert bench.scheduler.stats().resident_revisions == (revisions[1],)
+    broken.clear()
+    hold(bench, *revisions[:2])
+    assert_nothing_held(bench, *revisions[:2])
+
+
+def test_a_full_queue_of_loads_keeps_the_rest_for_the_next_time(
+    model: Path, stored: Stored
+) -> None:
+    store, revisions, _ = stored
+    bench = Workbench(model, store, parallel_loads=1, waiting_loads=1)
+    hold(bench, *revisions[:3])
+    assert len(bench.scheduler.stats().resident_revisions) == 1
+    for _ in range(3):
+        hold(bench, *revisions[:3])
+    assert_nothing_held(bench, *revisions[:3])
+
+
+def test_what_finds_no_room_beside_pins_is_refused_and_stops_no_other_load(
+    model: Path, stored: Stored
+) -> None:
+    store, revisions, size = stored
+    wide = Workbench(model, store).revision("wide", LoraSpec(4 * SPEC.rank), 7)
+    bench = Workbench(model, store, host_bytes=5 * size)
+    assert bench.do(work(wide, max_tokens=2)).revision == wide
+    hold(bench, *revisions[:2])
+    with pytest.raises(Overloaded, match=rf"{2 * size} of them pinned; unpin, or raise"):
+        bench.do(work(wide))
+    assert bench.do(work(revisions[3])).revision == revisions[3]
+    assert_nothing_held(bench, *revisions[:2])
+    hold(bench)
+    assert bench.do(work(wide)).revision == wide
+
+
+def test_what_an_export_brings_while_it_is_loaded_is_there_once(
+    model: Path, stored: Stored
+) -> None:
+    store, revisions, size = stored
+    bench = Later(model, store)
+    bench.scheduler.hold(Hold((revisions[0],)))
+    tiers = bench.scheduler._tiers
+    tiers.keep(revisions[0], tiers._archive.load_revision(revisions[0]))
+    bench.finish_jobs()
+    bench.scheduler.step()
+    assert tiers.host.used_bytes == size
+    assert_nothing_held(bench, revisions[0])
+
+
 def test_random_lives_of_many_revisions_keep_the_books(model: Path, stored: Stored) -> None:
     store, revisions, size = stored
     numbers = np.random.default_rng(0)
@@ -245,7 +361,10 @@ def test_random_lives_of_many_revisions_keep_the_books(model: Path, stored: Stor
     )
     live, wanted = list[int](), dict[int, Digest]()
     for step in range(600):
-        match int(numbers.integers(4)):
+        match int(numbers.integers(5)):
+            case 4 if numbers.random() < 0.2:
+                drawn = numbers.choice(len(revisions), int(numbers.integers(3)), replace=False)
+                bench.scheduler.hold(Hold(tuple(revisions[i] for i in drawn)))
             case 0 if len(live) < 30:
                 revision = revisions[int(numbers.integers(len(revisions)))]
                 work_id = bench.submit(work(revision, step, int(numbers.integers(1, 30))))
@@ -264,6 +383,7 @@ def test_random_lives_of_many_revisions_keep_the_books(model: Path, stored: Stor
     bench.run()
     for work_id in live:
         assert bench.result(work_id).revision == wanted[work_id]
+    hold(bench)
     assert_nothing_held(bench)
     # The log tells all of it: done over, it comes to the same evictions.
     start = Decision("start", num_bytes=int(4.5 * size))

@@ -415,6 +415,31 @@ async def rollback(
 # -- memory ----------------------------------------------------------------------------------------
 
 
+@router.get("/pins")
+async def list_pins(caller: Caller, gateway: App, tenant: str | None = None) -> wire.Json:
+    """A tenant's pinned aliases, the oldest pin first, and whether what they name is in memory."""
+    caller.require(*READERS)
+    found = await gateway.pinning.statuses(owned(caller, tenant or caller.tenant))
+    return {"items": [wire.encode_pin(status.pin, status.states) for status in found]}
+
+
+@router.put(ALIAS + "/pin")
+async def pin(tenant: str, name: str, alias: str, caller: Caller, gateway: App) -> wire.Json:
+    """Keep what an alias names in memory from now on, also after its moves."""
+    caller.require("train")
+    owner = owned(caller, tenant)
+    status = await gateway.pinning.pin(owner, name, alias, actor=caller.key_id)
+    return wire.encode_pin(status.pin, status.states)
+
+
+@router.delete(ALIAS + "/pin", status_code=204)
+async def unpin(tenant: str, name: str, alias: str, caller: Caller, gateway: App) -> Response:
+    """Let what an alias names leave memory like any other; fine when it isn't pinned."""
+    caller.require("train")
+    await gateway.pinning.unpin(owned(caller, tenant), name, alias, actor=caller.key_id)
+    return Response(status_code=204)
+
+
 @router.post("/prewarm", openapi_extra=takes(wire.PrewarmModels))
 async def prewarm(request: Request, caller: Caller, gateway: App) -> wire.Json:
     """Have revisions read into memory before they are asked for; answers once they are there."""
