@@ -1,7 +1,8 @@
-"""Which revision is likely to be asked for next and isn't in memory.
+"""Which revision of a worker's past is likely to be asked for next and isn't in memory yet.
 
 A book beside `LeastWorth`, which knows the chances. It is asked while memory is free and nothing
-else is to be loaded, and answers in a bounded time, as an engine waits.
+else is to be loaded, and answers in a bounded time, as an engine waits. Once memory was full it is
+closed: what is free between evictions is small, and guesses into it cost more than they spare.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from openmint.types import Digest
 LEAST_CHANCE = 1 / HALF_LIVES[-1]
 """Of the next use; what has less is not likely to be used within the longest half-life, which is as
 far as anything is remembered, so that its load would most likely be for nothing."""
-MOST_FORETOLD = 8_192
-"""Revisions that may be foretold; of more, those of the greatest worth stay."""
 NUM_LOOKED_AT = 32
 """The best ones, among which one must fit the free memory."""
 
@@ -27,7 +26,6 @@ class Foretelling:
         self.taken: Digest | None = None
         """The last one, until it is in memory or can't be."""
         self._order = order
-        self._is_closed = False
         self._sizes: dict[Digest, int] = {}
         self._heap: list[tuple[float, Digest]] = []
         """By the worth when it was last looked at, which falls until the next use, so that the best
@@ -45,9 +43,6 @@ class Foretelling:
         self._sizes[revision] = num_bytes
         heapq.heappush(self._heap, self._entry(revision))
         self._in_vain_bytes = min(self._in_vain_bytes, num_bytes - 1)
-        if len(self._heap) > 2 * MOST_FORETOLD:
-            self._heap = heapq.nsmallest(MOST_FORETOLD, self._heap)
-            self._sizes = {each: self._sizes[each] for _, each in self._heap if each in self._sizes}
 
     def drop(self, revision: Digest) -> None:
         """It is in memory, or can't be."""
@@ -56,13 +51,14 @@ class Foretelling:
             self.taken = None
 
     def close(self) -> None:
-        """Foretell nothing from now on."""
-        self._is_closed = True
+        """Foretell nothing any more; what was taken last may still arrive."""
+        self._sizes.clear()
+        self._heap.clear()
 
     def take(self, free_bytes: int) -> Digest | None:
         """The one of the greatest worth that fits and has a real chance; it is dropped. None when
         there is none among the best."""
-        if self._is_closed or free_bytes <= self._in_vain_bytes:
+        if free_bytes <= self._in_vain_bytes:
             return None
         entries = sorted(self._entry(each) for each in self._pop_best())
         found = next((each for _, each in entries if self._sizes[each] <= free_bytes), None)

@@ -113,7 +113,7 @@ class Tiers:
         next ones loaded. What finds no room holds up loads: memory is bounded."""
         for revision, weights in list(self._landed.items()):
             if self._is_guess_without_room(revision, weights):
-                self._foretelling.note(revision, weights.num_bytes)
+                self._foretelling.drop(revision)
                 del self._landed[revision]
             elif self._admit(revision, weights):
                 del self._landed[revision]
@@ -208,10 +208,10 @@ class Tiers:
             if each in self.slots:
                 self._empty_slot(each)
             self._decisions.note(Decision("evict", each))
-            self._foretelling.note(each, self.host.bytes_of(each))
             self.host.evict(each)
             del self._weights[each]
             self.counters["evictions"] += 1
+            self._foretelling.close()
         self._decisions.note(Decision("admit", revision, weights.num_bytes))
         self.host.admit(revision, weights.num_bytes)
         self._foretelling.drop(revision)

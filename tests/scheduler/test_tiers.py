@@ -372,6 +372,19 @@ def test_a_guess_that_fails_is_not_made_again_until_it_is_used(model: Path, stor
     assert_nothing_held(bench)
 
 
+def test_memory_that_was_full_once_is_not_guessed_into(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    bench = Workbench(model, store, host_bytes=int(2.5 * size))
+    bench.scheduler.recall(often(revisions, size))
+    idle(bench)
+    bench.do(work(revisions[0], max_tokens=1))
+    assert bench.scheduler.stats().revision_evictions == 1
+    tiers = bench.scheduler._tiers
+    tiers.host.evict(tiers.host.resident[0])
+    idle(bench)
+    assert bench.scheduler.stats().revision_prefetches == 2
+
+
 def test_a_worker_that_is_about_to_end_begins_no_guess(model: Path, stored: Stored) -> None:
     store, revisions, size = stored
     bench = Later(model, store)
