@@ -23,17 +23,29 @@ from openmint.engine.formats import AdapterArchive, encode_revision
 from openmint.layers.adapters import AdapterLayout, AdapterWeights
 from openmint.models.embedded import embedded_base
 from openmint.models.loader import load_model
+from openmint.residency.decisions import MOST_RECALLED
 from openmint.residency.eviction import LeastWorth
+from openmint.residency.foretelling import Foretelling
 from openmint.residency.load_times import LoadTimes
 from openmint.residency.replay import Replayed, Use, orders, replay
+from openmint.residency.tier import Tier
 from openmint.store.folder_store import FolderStore
 from openmint.types import Digest, LoraSpec
 
 ORDERS = {"LRU": "lru", "LFU": "lfu", "ours": "ours", "Belady": "belady"}
 MEMORY_SHARE = 0.1
 """Of all revisions' bytes."""
+MEMORY_BYTES = int(MEMORY_SHARE * sum(SIZES))
+RESTARTED_AT, NUM_AFTER = 30_000, 3_000
+"""When a trace's worker dies, and the uses after it that are looked at."""
 NUM_REAL, NUM_REAL_USES, NUM_LEARNED = 60, 600, 120
 MOST_ERROR = 0.05
+LIVES = {
+    "knows nothing": (False, False),
+    "learns": (True, False),
+    "learns and guesses": (True, True),
+}
+"""Whether a new worker learns from the log, and whether it loads ahead."""
 FAMILIES = {
     "uniform": ["uniform"],
     "Zipf 0.8 to 1.2": ["Zipf 0.8", "Zipf 1.0", "Zipf 1.2"],
@@ -108,7 +120,6 @@ def foreseen(times: LoadTimes) -> Callable[[Use], float]:
 
 def scores(times: LoadTimes, repeats: int) -> dict[str, dict[str, list[Replayed]]]:
     """By trace and order, one replay per seed."""
-    budget = int(MEMORY_SHARE * sum(SIZES))
     found: dict[str, dict[str, list[Replayed]]] = {}
     for trace, make in TRACES.items():
         by_order = found[trace] = {name: [] for name in ORDERS}
@@ -116,8 +127,50 @@ def scores(times: LoadTimes, repeats: int) -> dict[str, dict[str, list[Replayed]
             uses = make(seed)
             kept = orders(uses, times, seed)
             for name, key in ORDERS.items():
-                by_order[name].append(replay(uses, kept[key], budget, foreseen(times)))
+                by_order[name].append(replay(uses, kept[key], MEMORY_BYTES, foreseen(times)))
         print(f"{trace}: ours {seconds_of(by_order['ours']).show(' s')}", flush=True)
+    return found
+
+
+def restarted(
+    before: Sequence[Use], after: Sequence[Use], times: LoadTimes, *, learns: bool, guesses: bool
+) -> tuple[float, int]:
+    """Seconds of loading that the uses after a restart wait for in a memory that is empty then, and
+    the loads that nobody waits for, until memory is full. All of them are made before the first
+    use: a worker's first seconds are enough for hundreds."""
+    order = LeastWorth(times)
+    tier, book = Tier(MEMORY_BYTES, order), Foretelling(order)
+    for use in before[-MOST_RECALLED:] if learns else ():
+        tier.use(use.revision)
+    sizes = {use.revision: use.num_bytes for use in (*before, *after)}
+    for revision in {use.revision for use in before[-MOST_RECALLED:]} if learns else ():
+        book.note(revision, sizes[revision])
+
+    while guesses and (guess := book.take(tier.free_bytes)) is not None:
+        tier.admit(guess, sizes[guess])
+    num_guesses, waited = len(tier), 0.0
+    for use in after:
+        tier.use(use.revision)
+        if use.revision not in tier:
+            waited += times.seconds(use.num_bytes)
+            for gone in tier.room_for(use.num_bytes) or ():
+                tier.evict(gone)
+            tier.admit(use.revision, use.num_bytes)
+    return waited, num_guesses
+
+
+def restarts(times: LoadTimes, repeats: int) -> dict[str, dict[str, list[tuple[float, int]]]]:
+    """By trace and by what the new worker does, one restart per seed."""
+    found: dict[str, dict[str, list[tuple[float, int]]]] = {}
+    for trace, make in TRACES.items():
+        found[trace] = {name: [] for name in LIVES}
+        for seed in range(repeats):
+            uses = make(seed)
+            before, after = uses[:RESTARTED_AT], uses[RESTARTED_AT:][:NUM_AFTER]
+            for name, (learns, guesses) in LIVES.items():
+                ended = restarted(before, after, times, learns=learns, guesses=guesses)
+                found[trace][name].append(ended)
+        print(f"{trace}, restarted: {found[trace]}", flush=True)
     return found
 
 
@@ -133,7 +186,7 @@ def ratio(ours: Sequence[Replayed], theirs: Sequence[Replayed]) -> Spread:
 def ask(stage: Stage, repeats: int) -> Report:
     """`stage` is not needed: nothing here is a race between processes."""
     times, calibrated = calibration(repeats)
-    found = scores(times, repeats)
+    found, restarted_found = scores(times, repeats), restarts(times, repeats)
     error = Spread.of([abs(1 - each["foretold"] / each["measured"]) for each in calibrated])
     won = [
         family
@@ -166,10 +219,12 @@ def ask(stage: Stage, repeats: int) -> Report:
         question="eviction",
         title="Which revision leaves memory, and what that costs",
         measured=MEASURED,
-        tables=[table([head, *rows])],
+        tables=[table([head, *rows]), table(_restart_rows(restarted_found))],
         lines=lines,
         limits=[
             "Traces are made, not recorded. Loads come from a warm page cache, one at a time.",
+            "After a restart all guesses are made before the first use; requests that come sooner "
+            "wait for more loads.",
             "Belady's order ignores what a load costs; a dearer one could be below it.",
         ],
         data={
@@ -181,6 +236,7 @@ def ask(stage: Stage, repeats: int) -> Report:
                 }
                 for trace, by_order in found.items()
             },
+            "restarts": restarted_found,
         },
         versions={"books": versions(("torch", "numpy"))},
     )
@@ -195,3 +251,13 @@ def _cells(by_order: dict[str, list[Replayed]]) -> list[str]:
         cells.append(ratio(by_order["ours"], by_order[name]).show())
     regret = ratio(by_order["ours"], by_order["Belady"]).median - 1
     return [*cells, f"{100 * regret:.0f} %"]
+
+
+def _restart_rows(found: dict[str, dict[str, list[tuple[float, int]]]]) -> list[list[str]]:
+    """Seconds of loading that the uses after a restart wait for, and the guesses made meanwhile."""
+    rows = [[f"after a restart, {NUM_AFTER} uses", *(f"{name}, s" for name in LIVES), "guesses"]]
+    for trace, by_life in found.items():
+        waited = [Spread.of([each[0] for each in by_life[name]]).median for name in LIVES]
+        guesses = Spread.of([each[1] for each in by_life["learns and guesses"]]).median
+        rows.append([trace, *(number(seconds) for seconds in waited), number(guesses)])
+    return rows

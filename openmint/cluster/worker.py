@@ -33,7 +33,7 @@ from openmint.journal.update_log import NoLog, UpdateLog, folder_of
 from openmint.models.embedded import EMBEDDED_BASE, base_digest, resolve_base
 from openmint.models.loader import load_model
 from openmint.observe.logs import configure_logs
-from openmint.residency.decisions import DecisionLog, path_of
+from openmint.residency.decisions import DecisionLog, path_of, recall
 from openmint.scheduler.scheduler import Scheduler
 from openmint.scheduler.work import (
     Cancel,
@@ -49,7 +49,7 @@ from openmint.scheduler.work import (
 from openmint.store.opening import open_store
 
 STORE_THREADS = 2
-"""At least; as many as loads may run at once."""
+"""At least; else as many as loads may run at once, and one for what is guessed."""
 NICENESS = 5
 """The engine's threads fill all cores for long at a time, so they let the gateway go first: beside
 63 others a request then waited 7 ms for gateway, link and scheduler, not 9 (two cores). Niceness is
@@ -130,7 +130,7 @@ def main(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = Link(connection)
     setup: WorkerSetup = link.receive()
-    inbox = Inbox(max(STORE_THREADS, setup.config.parallel_loads))
+    inbox = Inbox(max(STORE_THREADS, setup.config.parallel_loads + 1))
     inbox.read_from(link)
     os.nice(NICENESS)
     configure_logs()
@@ -165,7 +165,9 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready
     if not setup.replica:
         folder = folder_of(setup.data, digest)
         updates = UpdateLog(folder, digest, inbox.post, setup.config.updates_per_sync)
-    decisions = DecisionLog(path_of(setup.data, digest, setup.replica), setup.config.host_bytes)
+    asked = path_of(setup.data, digest, setup.replica)
+    past = recall(asked)
+    decisions = DecisionLog(asked, setup.config.host_bytes)
     scheduler = Scheduler(
         engine,
         archive,
@@ -176,6 +178,7 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready
         link.send,
         inbox.background,
     )
+    scheduler.recall(past)
     return scheduler, Ready(base, updates.epoch, updates.whole())
 
 
@@ -195,6 +198,7 @@ def serve(scheduler: Scheduler, inbox: Inbox, link: Link) -> None:
                     scheduler.hold(item)
                 case Drain():
                     draining = True
+                    scheduler.stop_guessing()
                 case None:
                     return  # the gateway has gone, and with it everyone who waits for a result
                 case _:

@@ -52,6 +52,7 @@ WORKER_COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("openmint_trained_tokens", "trained_tokens", "Tokens that went forward and backward."),
     ("openmint_optim_steps", "optim_steps", "Optimizer steps done."),
     ("openmint_revision_loads", "revision_loads", "Revisions loaded from the store."),
+    ("openmint_revision_prefetches", "revision_prefetches", "Loads that nobody had asked for yet."),
     ("openmint_revision_evictions", "revision_evictions", "Revisions that left host memory."),
     ("openmint_slot_evictions", "slot_evictions", "Revisions that left their slot."),
     (

@@ -147,19 +147,25 @@ class LeastWorth:
         compared = self._residents
         if len(compared) > NUM_COMPARED:
             compared = self._chance.sample(compared, NUM_COMPARED)
-        yield from sorted(compared, key=self.worth)
+        yield from sorted(compared, key=self._worth_here)
         if len(compared) < len(self._residents):
             rest = set(self._residents) - set(compared)
-            yield from sorted(rest, key=lambda each: (self.worth(each), each))
+            yield from sorted(rest, key=lambda each: (self._worth_here(each), each))
 
-    def worth(self, revision: Digest) -> float:
-        """Seconds of loading that keeping it is likely to spare at the next use, by the byte."""
+    def _worth_here(self, revision: Digest) -> float:
+        return self.worth(revision, self._sizes[revision])
+
+    def worth(self, revision: Digest, num_bytes: int) -> float:
+        """Seconds of loading that having it is likely to spare at the next use, by the byte."""
+        return self._times.seconds(num_bytes) / max(1, num_bytes) * self.chance(revision)
+
+    def chance(self, revision: Digest) -> float:
+        """That the next use is one of this revision."""
         chance = UNSEEN
         if (past := self._pasts.get(revision)) is not None:
             pairs = zip(self._trust, past.chances(self._clock), strict=True)
             chance += sum(trust * chance for trust, chance in pairs)
-        size = self._sizes[revision]
-        return self._times.seconds(size) / max(1, size) * chance
+        return chance
 
     def _learn(self, foretold: list[float]) -> None:
         """Trust those more that gave this use a higher chance."""

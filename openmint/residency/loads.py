@@ -34,10 +34,11 @@ class LoadQueue:
         self._num_parallel, self._most_waiting = num_parallel, most_waiting
         self._waiting: dict[Digest, Load] = {}
         self._running: set[Digest] = set()
+        self._prefetch: Digest | None = None
         self._number = 0
 
     def __contains__(self, revision: Digest) -> bool:
-        return revision in self._waiting or revision in self._running
+        return revision in self._waiting or self._runs(revision)
 
     @property
     def num_waiting(self) -> int:
@@ -45,7 +46,12 @@ class LoadQueue:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running) + (self._prefetch is not None)
+
+    @property
+    def is_idle(self) -> bool:
+        """No load waits or runs."""
+        return not self._waiting and not self.num_running
 
     def want(self, revision: Digest, priority: Priority, now: float, deadline_at: float) -> None:
         """Have it loaded, once, in the order of priorities, then of deadlines.
@@ -53,7 +59,7 @@ class LoadQueue:
         Raises Overloaded, with the time after which to ask again, when the queue is full or the
         load is not likely to end before the deadline.
         """
-        if revision in self._running:
+        if self._runs(revision):
             return
         load = Load(priority, deadline_at, self._number)
         if (known := self._waiting.get(revision)) is not None:
@@ -91,10 +97,22 @@ class LoadQueue:
         self._running.add(revision)
         return revision
 
+    def start_prefetch(self, revision: Digest) -> None:
+        """One load that nobody asked for, while the queue is idle. It takes no place of those that
+        somebody waits for, and makes no estimate longer."""
+        assert self.is_idle
+        self._prefetch = revision
+
     def end(self, revision: Digest) -> None:
         """A load is over."""
-        self._running.remove(revision)
+        if revision == self._prefetch:
+            self._prefetch = None
+        else:
+            self._running.remove(revision)
 
     def give_up(self, revision: Digest) -> None:
         """Nobody wants it any more. A load that runs goes on."""
         self._waiting.pop(revision, None)
+
+    def _runs(self, revision: Digest) -> bool:
+        return revision in self._running or revision == self._prefetch

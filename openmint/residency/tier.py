@@ -33,6 +33,14 @@ class Tier:
     def resident(self) -> tuple[Digest, ...]:
         return tuple(self._sizes)
 
+    @property
+    def free_bytes(self) -> int:
+        return self.budget_bytes - self.used_bytes
+
+    def bytes_of(self, revision: Digest) -> int:
+        """What it takes here; 0 when it isn't."""
+        return self._sizes.get(revision, 0)
+
     def pin(self, revision: Digest) -> None:
         """Forbid eviction until the matching unpin. The revision need not be resident yet."""
         self._pins[revision] += 1
@@ -54,7 +62,7 @@ class Tier:
     ) -> list[Digest] | None:
         """Revisions to evict so that `num_bytes` fit; None while pins, or `stays`, forbid it."""
         leaving: list[Digest] = []
-        free = self.budget_bytes - self.used_bytes
+        free = self.free_bytes
         if free >= num_bytes:
             return leaving
         for revision in self._order.leaving():

@@ -25,6 +25,7 @@ from openmint.errors import (
     Overloaded,
     StoreFailed,
 )
+from openmint.residency.decisions import Recalled
 from openmint.scheduler.batcher import Batcher
 from openmint.scheduler.engine_time import Arrival, EngineTime
 from openmint.scheduler.fairness import PhaseClock, TenantClock
@@ -506,6 +507,14 @@ class Scheduler:
 
     # -- residency --------------------------------------------------------------------------------
 
+    def recall(self, past: Recalled) -> None:
+        """Go on from what an earlier worker was asked for; call it before the first step."""
+        self._tiers.recall(past)
+
+    def stop_guessing(self) -> None:
+        """Begin no load that nobody asked for: the worker is about to end."""
+        self._tiers.stop_guessing()
+
     def hold(self, message: Hold) -> None:
         try:
             self._tiers.hold(message.revisions)
@@ -610,6 +619,7 @@ class Scheduler:
             trained_tokens=counters["trained"],
             optim_steps=counters["optim"],
             revision_loads=tiers.counters["loads"],
+            revision_prefetches=tiers.counters["prefetches"],
             revision_evictions=tiers.counters["evictions"],
             slot_evictions=tiers.counters["slot_evictions"],
             deadlines_missed=counters["missed"],

@@ -15,8 +15,9 @@ from typing import Any
 
 from openmint.config import WorkerConfig
 from openmint.errors import Overloaded
-from openmint.residency.decisions import Decision
+from openmint.residency.decisions import Decision, Recalled
 from openmint.residency.eviction import LeastRecent, LeastWorth
+from openmint.residency.foretelling import Foretelling
 from openmint.residency.load_times import LoadTimes
 from openmint.residency.loads import LoadQueue
 from openmint.residency.tier import Tier
@@ -43,10 +44,12 @@ class Tiers:
         self._engine, self._archive, self._background = engine, archive, background
         self._decisions, self._on_failed = decisions, on_failed
         self.times = LoadTimes()
-        self.host = Tier(config.host_bytes, LeastWorth(self.times))
+        order = LeastWorth(self.times)
+        self.host = Tier(config.host_bytes, order)
         self.slots = Tier(config.serving_bytes, LeastRecent())
         self.loads = LoadQueue(config.parallel_loads, config.waiting_loads, self.times)
         self.counters = Counter[str]()
+        self._foretelling = Foretelling(order)
         self._weights: dict[Digest, Weights] = {}
         self._landed: dict[Digest, Weights] = {}
         self._held: frozenset[Digest] = frozenset()
@@ -67,7 +70,7 @@ class Tiers:
         except Overloaded:
             self._decisions.note(Decision("refuse", revision))
             raise
-        self._decisions.note(Decision("want", revision))
+        self._decisions.note(Decision("want", revision, self.host.bytes_of(revision)))
         self.host.pin(revision)
         self._start_loads()
 
@@ -110,6 +113,21 @@ class Tiers:
         """Whether it is in host memory, or as good as."""
         return revision in self.host or revision in self._landed
 
+    # -- guesses ----------------------------------------------------------------------------------
+
+    def recall(self, past: Recalled) -> None:
+        """Learn what the worker before this one was asked for, and begin to bring it in."""
+        if past.uses:
+            self._decisions.note(Decision("recall", num_bytes=len(past.uses)))
+        for revision in past.uses:
+            self.host.use(revision)
+        for revision, num_bytes in past.sizes.items():
+            self._foretelling.note(revision, num_bytes)
+
+    def stop_guessing(self) -> None:
+        """From now on only what somebody wants is loaded."""
+        self._foretelling.close()
+
     # -- before and after a step ------------------------------------------------------------------
 
     def take_in(self) -> None:
@@ -119,7 +137,9 @@ class Tiers:
         for revision, weights in list(self._landed.items()):
             why_never = self._why_never(revision, weights)
             is_there = revision in self.host  # kept after an export while it was loaded
-            if is_there or why_never is not None or self._admit(revision, weights):
+            is_over = is_there or self._is_guess_without_room(revision, weights)
+            if is_over or why_never is not None or self._admit(revision, weights):
+                self._foretelling.drop(revision)
                 del self._landed[revision]
             if why_never is not None:
                 self._on_failed(revision, why_never)
@@ -171,6 +191,17 @@ class Tiers:
     def _start_loads(self) -> None:
         while not self._landed and (revision := self.loads.start()) is not None:
             self._load(revision)
+        if self.loads.is_idle and not self._landed:
+            guess = self._foretelling.take(self.host.free_bytes)
+            if guess is not None:
+                self.counters["prefetches"] += 1
+                self.loads.start_prefetch(guess)
+                self._load(guess)
+
+    def _is_guess_without_room(self, revision: Digest, weights: Weights) -> bool:
+        """Whether nobody wants it, and memory isn't free any more: a guess sends nobody out."""
+        is_guess = revision == self._foretelling.taken and not self.host.is_pinned(revision)
+        return is_guess and weights.num_bytes > self.host.free_bytes
 
     def _load(self, revision: Digest) -> None:
         def load() -> tuple[Weights, float]:
@@ -186,6 +217,7 @@ class Tiers:
                 self._decisions.note(Decision("load", revision, weights.num_bytes, seconds))
                 self._landed[revision] = weights
             else:
+                self._foretelling.drop(revision)
                 self._on_failed(revision, error)
             self.take_in()
 
@@ -203,8 +235,10 @@ class Tiers:
             self.host.evict(each)
             del self._weights[each]
             self.counters["evictions"] += 1
+            self._foretelling.close()
         self._decisions.note(Decision("admit", revision, weights.num_bytes))
         self.host.admit(revision, weights.num_bytes)
+        self._foretelling.drop(revision)
         self._weights[revision] = weights
         return True
 

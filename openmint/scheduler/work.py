@@ -351,6 +351,8 @@ class WorkerStats:
     trained_tokens: int = 0
     optim_steps: int = 0
     revision_loads: int = 0
+    revision_prefetches: int = 0
+    """Loads that were begun because somebody is likely to ask."""
     revision_evictions: int = 0
     slot_evictions: int = 0
     deadlines_missed: int = 0

@@ -28,6 +28,7 @@ from openmint.evaluate.task import (
     task_digest,
 )
 from openmint.service.completions import Completions
+from openmint.service.prewarming import Prewarming
 from openmint.service.targets import Target
 from openmint.types import Tenant
 from openmint.wire.openai import Drawing
@@ -59,8 +60,8 @@ class RunningEvaluation:
 class Evaluations:
     """The evaluations of this gateway."""
 
-    def __init__(self, catalog: Catalog, completions: Completions) -> None:
-        self._catalog, self._completions = catalog, completions
+    def __init__(self, catalog: Catalog, completions: Completions, prewarming: Prewarming) -> None:
+        self._catalog, self._completions, self._prewarming = catalog, completions, prewarming
         self._running: dict[int, RunningEvaluation] = {}
         self._num_held: Counter[Tenant] = Counter()
         """Evaluations of a tenant that run or are about to: starting one takes its time."""
@@ -84,6 +85,7 @@ class Evaluations:
     async def _start(self, tenant: Tenant, request: EvaluationRequest) -> Evaluation:
         target = self._completions.targets.resolve(tenant, request.model)
         _own_policy(tenant, target)
+        self._prewarming.before_evaluation(tenant, target)
         task = await asyncio.to_thread(self._task, tenant, request.task)
         num_items = request.num_items or len(task.items)
         if num_items > len(task.items):
@@ -93,6 +95,14 @@ class Evaluations:
         job = asyncio.create_task(self._run(tenant, record, target, task, request, progress))
         self._running[record.evaluation_id] = RunningEvaluation(progress, job)
         return record
+
+    def expect(self, tenant: Tenant, model: str) -> None:
+        """It will be evaluated as soon as there is room; its load needn't wait for that.
+
+        Raises NotFound for the model.
+        """
+        target = self._completions.targets.resolve(tenant, model)
+        self._prewarming.before_evaluation(tenant, target)
 
     def get(self, tenant: Tenant, evaluation_id: int) -> tuple[Evaluation, Progress | None]:
         """The record, and the progress while it runs. Raises NotFound."""

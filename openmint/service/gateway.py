@@ -153,7 +153,7 @@ def build_gateway(
     prewarming = Prewarming(targets, pinning)
     watching = Watching(catalog, prewarming)
     completions = Completions(targets, TokenizerCache(), limits, watching)
-    evaluations = Evaluations(catalog, completions)
+    evaluations = Evaluations(catalog, completions, prewarming)
     training.restore()
     return Gateway(
         settings,

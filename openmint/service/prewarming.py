@@ -1,4 +1,5 @@
-"""Brings revisions into memory before anybody asks for them: on request, and when an alias moves.
+"""Brings revisions into memory before anybody asks for them: on request, when an alias moves, and
+ahead of an evaluation.
 
 Lives on the event loop.
 """
@@ -6,8 +7,9 @@ Lives on the event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
@@ -42,15 +44,29 @@ class Prewarming:
     def after_move(self, tenant: Tenant, policy: str, digest: Digest) -> None:
         """What an alias names now is likely to be asked for soon, and pins follow it."""
         self.pinning.follow()
-        task = asyncio.create_task(self._follow(tenant, f"{tenant}/{policy}@{digest}"))
+        model = f"{tenant}/{policy}@{digest}"
+        self._begin(self._load_named(tenant, model), model)
+
+    def before_evaluation(self, tenant: Tenant, target: Target) -> None:
+        """An evaluation is to sample from this. A base is in memory always."""
+        if target.revision is not None:
+            model = f"{target.policy}@{target.revision}"
+            self._begin(_load(tenant, target, None), model)
+
+    def _begin(self, load: Coroutine[Any, Any, Digest], model: str) -> None:
+        task = asyncio.create_task(_quietly(load, model))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _follow(self, tenant: Tenant, model: str) -> None:
-        try:
-            await _load(tenant, self.targets.resolve(tenant, model), None)
-        except OpenMintError as error:  # who asks for it has it loaded then
-            log.info("not_prewarmed", model=model, error=error.message)
+    async def _load_named(self, tenant: Tenant, model: str) -> Digest:
+        return await _load(tenant, self.targets.resolve(tenant, model), None)
+
+
+async def _quietly(load: Coroutine[Any, Any, Digest], model: str) -> None:
+    try:
+        await load
+    except OpenMintError as error:  # who asks for it has it loaded then
+        log.info("not_prewarmed", model=model, error=error.message)
 
 
 async def _load(tenant: Tenant, target: Target, load_seconds: float | None) -> Digest:

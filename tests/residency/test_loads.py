@@ -91,3 +91,18 @@ def test_what_nobody_wants_any_more_is_not_loaded() -> None:
     queue.give_up(A)
     queue.give_up(D)
     assert started(queue) == [B]
+
+
+def test_a_guess_takes_no_place_of_those_who_wait_and_makes_nobody_late() -> None:
+    times = LoadTimes()
+    times.learn(1, 1.0)
+    queue = LoadQueue(1, 10, times)
+    queue.start_prefetch(A)
+    assert (A in queue, queue.is_idle, queue.num_running) == (True, False, 1)
+    queue.want(B, Priority.INTERACTIVE, 0.0, 1.5)
+    assert queue.start() == B
+    queue.want(A, Priority.INTERACTIVE, 0.0, LATE)  # it is on its way already
+    assert (queue.num_waiting, queue.start()) == (0, None)
+    queue.end(A)
+    queue.end(B)
+    assert queue.is_idle

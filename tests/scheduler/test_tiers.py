@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from openmint.errors import NotFound, Overloaded
-from openmint.residency.decisions import Decision, redo
+from openmint.residency.decisions import Decision, Recalled, redo
 from openmint.scheduler.scheduler import EXPIRY_SECONDS
 from openmint.scheduler.tiers import TURN_STEPS
 from openmint.scheduler.work import Cancel, Hold, SampleDelta, SampleResult, SampleWork
@@ -388,5 +388,151 @@ def test_random_lives_of_many_revisions_keep_the_books(model: Path, stored: Stor
     # The log tells all of it: done over, it comes to the same evictions.
     start = Decision("start", num_bytes=int(4.5 * size))
     pairs = list(redo([start, *bench.decisions.all]))
+    assert len([gone for gone, _ in pairs if gone]) > 5
+    assert all(gone == again for gone, again in pairs)
+
+
+def often(revisions: Sequence[Digest], size: int) -> Recalled:
+    """A past in which the first was used once, the second twice, and so on, in turn."""
+    uses = [each for i in range(len(revisions)) for each in revisions[i:]]
+    return Recalled(uses * 10, dict.fromkeys(revisions, size))
+
+
+def loads_of(bench: Workbench) -> list[Digest]:
+    return [each.revision for each in bench.decisions.all if each.kind == "load"]
+
+
+def idle(bench: Workbench) -> None:
+    """Steps until there is nothing left to do, not even guesses."""
+    bench.scheduler.step()
+    bench.run()
+
+
+def test_what_was_asked_for_before_comes_back_by_itself_the_likeliest_first(
+    model: Path, stored: Stored
+) -> None:
+    store, revisions, size = stored
+    bench = Workbench(model, store, host_bytes=int(4.5 * size))
+    bench.scheduler.recall(often(revisions, size))
+    idle(bench)
+    assert loads_of(bench) == revisions[:1:-1]  # as many as fit
+    stats = bench.scheduler.stats()
+    assert (stats.revision_prefetches, stats.revision_evictions) == (4, 0)
+    bench.do(work(revisions[-1], load_seconds=0.0))
+    assert bench.scheduler.stats().revision_loads == 4
+    assert_nothing_held(bench)
+
+
+def test_what_is_asked_for_now_goes_before_guesses_which_are_one_at_a_time(
+    model: Path, stored: Stored
+) -> None:
+    store, revisions, size = stored
+    bench = Later(model, store, parallel_loads=1)
+    bench.scheduler.recall(often(revisions, size))
+    bench.scheduler.step()
+    bench.scheduler.step()
+    assert len(bench.jobs) == 1
+    ids = [bench.submit(work(each, max_tokens=1)) for each in revisions[:2]]
+    assert len(bench.jobs) == 2  # the guess takes no place
+    while bench.jobs:
+        bench.finish_jobs()
+        bench.scheduler.step()
+    assert loads_of(bench) == [revisions[5], *revisions[:2], *revisions[4:1:-1]]
+    bench.run()
+    assert [bench.result(each).revision for each in ids] == revisions[:2]
+    assert_nothing_held(bench)
+
+
+def test_a_guess_sends_nobody_out_of_memory(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    bench = Later(model, store, host_bytes=int(1.5 * size))
+    bench.scheduler.recall(often(revisions, size))
+    bench.scheduler.step()
+    bench.submit(work(revisions[0], max_tokens=1))
+    guess, wanted = bench.jobs
+    bench.jobs[:] = [wanted, guess]  # memory fills before the guess is there
+    while bench.jobs:
+        bench.finish_jobs()
+        bench.scheduler.step()
+    bench.run()
+    assert loads_of(bench) == [revisions[0], revisions[5]]
+    assert bench.scheduler.stats().resident_revisions == (revisions[0],)
+    assert bench.scheduler.stats().revision_evictions == 0
+    assert_nothing_held(bench)
+
+
+def test_a_guess_that_somebody_wants_by_then_is_kept(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    bench = Later(model, store, host_bytes=int(1.5 * size))
+    bench.submit(work(revisions[0], max_tokens=1))
+    bench.finish_jobs()
+    bench.run()
+    bench.scheduler.recall(often(revisions[1:2], size // 2))  # it is larger than was known
+    bench.scheduler.step()
+    work_id = bench.submit(work(revisions[1], max_tokens=1))
+    assert len(bench.jobs) == 1
+    bench.finish_jobs()
+    bench.run()
+    assert bench.result(work_id).revision == revisions[1]
+    assert_nothing_held(bench)
+
+
+def test_a_guess_that_fails_is_not_made_again_until_it_is_used(model: Path, stored: Stored) -> None:
+    store, _, size = stored
+    gone = digest_of(b"collected since")
+    bench = Workbench(model, store)
+    bench.scheduler.recall(Recalled([gone] * 9, {gone: size}))
+    for _ in range(3):
+        idle(bench)
+    assert bench.scheduler.stats().revision_prefetches == 1
+    with pytest.raises(NotFound):
+        bench.do(work(gone))
+    idle(bench)
+    assert bench.scheduler.stats().revision_prefetches == 1
+    assert_nothing_held(bench)
+
+
+def test_memory_that_was_full_once_is_not_guessed_into(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    bench = Workbench(model, store, host_bytes=int(2.5 * size))
+    bench.scheduler.recall(often(revisions, size))
+    idle(bench)
+    bench.do(work(revisions[0], max_tokens=1))
+    assert bench.scheduler.stats().revision_evictions == 1
+    tiers = bench.scheduler._tiers
+    tiers.host.evict(tiers.host.resident[0])
+    idle(bench)
+    assert bench.scheduler.stats().revision_prefetches == 2
+
+
+def test_a_worker_that_is_about_to_end_begins_no_guess(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    bench = Later(model, store)
+    bench.scheduler.recall(often(revisions, size))
+    bench.scheduler.step()
+    bench.scheduler.stop_guessing()
+    bench.finish_jobs()
+    bench.scheduler.step()
+    assert (bench.jobs, bench.scheduler.is_idle) == ([], True)
+
+
+def test_lives_that_begin_with_a_past_are_done_over_the_same(model: Path, stored: Stored) -> None:
+    store, revisions, size = stored
+    numbers = np.random.default_rng(0)
+    budget = int(2.5 * size)
+    log = [Decision("start", num_bytes=budget)]
+    past = Recalled()
+    for life in range(3):
+        bench = Workbench(model, store, host_bytes=budget)
+        bench.scheduler.recall(past)
+        idle(bench)
+        for _ in range(15):
+            index = min(int(numbers.geometric(0.4)) - 1, 5)
+            bench.do(work(revisions[index], max_tokens=1))
+        log += [Decision("start", num_bytes=budget)] * bool(life) + bench.decisions.all
+        uses = [each.revision for each in log if each.kind == "want"]
+        past = Recalled(uses, dict.fromkeys(uses, size))
+        assert (bench.scheduler.stats().revision_prefetches > 0) == bool(life)
+    pairs = list(redo(log))
     assert len([gone for gone, _ in pairs if gone]) > 5
     assert all(gone == again for gone, again in pairs)

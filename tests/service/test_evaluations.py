@@ -56,10 +56,21 @@ class RightAnswers:
         return SimpleNamespace(whole=answer)
 
 
+class Expected:
+    """Prewarming that only remembers whom it was told of."""
+
+    def __init__(self) -> None:
+        self.targets: list[Any] = []
+
+    def before_evaluation(self, tenant: Tenant, target: Any) -> None:
+        assert tenant == ANN
+        self.targets.append(target)
+
+
 @pytest.fixture
 def evaluations(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> Evaluations:
     monkeypatch.setattr(module, "REWRITE_SECONDS", 0.0)
-    return Evaluations(catalog, RightAnswers())  # type: ignore[arg-type]
+    return Evaluations(catalog, RightAnswers(), Expected())  # type: ignore[arg-type]
 
 
 async def ended(evaluations: Evaluations, started: Evaluation) -> Evaluation:
@@ -104,6 +115,23 @@ async def test_a_refused_start_takes_no_place(evaluations: Evaluations) -> None:
     for _ in range(MAX_RUNNING_PER_TENANT + 1):
         with pytest.raises(Exception, match="no evaluation task"):
             await evaluations.start(ANN, unknown)
+
+
+async def test_what_will_be_sampled_is_told_before_the_task_is_looked_at(
+    evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluations._prewarming.targets  # type: ignore[attr-defined]
+    told: list[int] = []
+
+    def parse(raw: object) -> Any:
+        told.append(len(expected))
+        return parse_task(raw)
+
+    monkeypatch.setattr(module, "parse_task", parse)
+    await ended(evaluations, await evaluations.start(ANN, REQUEST))
+    assert told[0] == 1
+    evaluations.expect(ANN, "tiny")
+    assert expected == [evaluations._completions.targets.resolve(ANN, "tiny")] * 2
 
 
 @pytest.mark.parametrize(("num_failures", "status"), [(1, "finished"), (2, "failed")])

@@ -28,7 +28,12 @@ class Started:
 
     def __init__(self) -> None:
         self.requests: list[EvaluationRequest] = []
+        self.expected: list[str] = []
         self.error: OpenMintError | None = None
+
+    def expect(self, tenant: Tenant, model: str) -> None:
+        assert tenant == ANN
+        self.expected.append(model)
 
     async def start(self, tenant: Tenant, request: EvaluationRequest) -> Any:
         assert tenant == ANN
@@ -62,10 +67,12 @@ async def test_what_finds_no_room_is_started_later(catalog: Catalog) -> None:
     started = Started()
     schedules = Schedules(catalog, started)  # type: ignore[arg-type]
     started.error = Overloaded("four run")
+    catalog.add_schedule(ANN, "math", "latest", "sums", every_hours=1, num_items=5, actor="ann")
     await schedules.start_due()
+    assert started.expected == [f"ann/math@{digest_of(1)}"]  # one at a time, however many wait
     started.error = None
     await schedules.start_due()
-    assert len(started.requests) == 1
+    assert (len(started.requests), len(started.expected)) == (2, 1)
 
 
 async def test_what_cannot_be_is_not_tried_for_ever(catalog: Catalog) -> None:
