@@ -21,6 +21,7 @@ import psutil
 import psycopg
 
 from benchmarks.arms.protocol import versions
+from benchmarks.crowded import NUM_REQUESTS, PROMPT_TOKENS, Crowd, ask_in_turns
 from benchmarks.house import Line, Report, Spread, Unavailable, number, table, verdict
 from benchmarks.processes import Stage
 from openmint.catalog.catalog import Catalog
@@ -53,17 +54,23 @@ TAG, TASK, NUM_MARKED = "rare", "sums", 90
 """So many revisions of each tenant are tagged and have a score, whatever the size."""
 NUM_RESOLVED, NUM_PAGES, NUM_PROMOTED = 2_000, 200, 100
 PAGE = 100
-MOST_RATIO = 1.2
+MOST_RATIO, MOST_WARM_RATIO = 1.2, 1.1
+KINDS = ("SQLite", "PostgreSQL")
 MEASURED = (
     "Rank-1 PEFT adapters of 16 KB, all distinct, of one base; ten tenants. Nine of ten revisions "
     "have a policy of their own, the tenth is one of their tenant's busy policy. An import is what "
     f"`openmint import-all` has the gateway do, {BATCH} adapters at a time (100 for the smallest "
     "size): admission, one `put_many` with one sync, one transaction; making the adapters is not "
-    "in it. Each size has a catalogue and a store of its own. Reads are the catalogue's own calls, "
+    "in it. Each size has a store of its own, and on each database a catalogue. Reads are the "
+    "catalogue's own calls, "
     f"in turns over the sizes: {NUM_RESOLVED} addresses `tenant/policy` at random, {NUM_PAGES} "
     f"pages of {PAGE} from a random place; search by tag and score finds as many at each size, "
     f"{NUM_MARKED} and half of them. `Open` is a new process's: the catalogue and the store, "
     "then one address and its bytes; memory is what that process grew by, after as many addresses. "
+    "Warm requests are completions of one token from prompts of "
+    f"{PROMPT_TOKENS} by a real service (SmolLM2-135M-Instruct), one on the smallest catalogue and "
+    "one on the largest: adapters of all layers that lie among one tenant's others, asked for by "
+    f"name one after another, the two services in turns, {NUM_REQUESTS} a repeat. "
     "Figures are medians of the repeats."
 )
 
@@ -112,11 +119,18 @@ class House:
 
     size: int
     url: str
-    folder: Path
+    root: Path
     imported: Import
     database_mib: float
     opened: list[Opened] = field(default_factory=list)
     reads: list[Reads] = field(default_factory=list)
+    crowd: Crowd | None = None
+    """The service on it, of the smallest and the largest."""
+
+    @property
+    def folder(self) -> Path:
+        """Of its store, and the service's data folder."""
+        return self.root / "data"
 
 
 def tenant_of(index: int) -> Tenant:
@@ -152,23 +166,26 @@ def batches(size: int) -> Iterator[tuple[Tenant, list[int]]]:
             yield tenant_of(tenant), [index for index in indices if index < size]
 
 
-def fill(catalog: Catalog, store: FolderStore, size: int) -> Import:
-    """Import as many adapters as `openmint/service/adapters.py` would."""
-    seconds = [0.0, 0.0, 0.0]
+def fill(catalogs: Sequence[Catalog], store: FolderStore, size: int) -> list[Import]:
+    """Import so many adapters as `openmint/service/adapters.py` would: bytes into the store, once,
+    then records into each of the catalogues."""
+    seconds = [0.0] * (2 + len(catalogs))
     for tenant, indices in batches(size):
         folders = [adapter(index, size) for index in indices]
         times = [time.monotonic()]
-        taken = catalog.policies_of_other_bases(tenant, {f.policy for f in folders}, BASE)
-        admitted, refused = admit_all(folders, BASE, taken)
+        admitted, refused = admit_all(folders, BASE, set())
         assert not refused, refused[0]
         times.append(time.monotonic())
         store.put_many(data for _, data, _ in admitted)
         times.append(time.monotonic())
         imports = [(folder.policy, blob) for folder, _, blob in admitted]
-        catalog.import_revisions(tenant, BASE, imports, actor=owner_of(tenant))
-        times.append(time.monotonic())
+        for catalog in catalogs:
+            catalog.policies_of_other_bases(tenant, {f.policy for f in folders}, BASE)
+            catalog.import_revisions(tenant, BASE, imports, actor=owner_of(tenant))
+            times.append(time.monotonic())
         seconds = [s + b - a for s, a, b in zip(seconds, times, times[1:], strict=False)]
-    return Import(*seconds)
+    admission, stored, *recorded = seconds
+    return [Import(admission, stored, each) for each in recorded]
 
 
 def mark(catalog: Catalog, size: int) -> None:
@@ -284,32 +301,37 @@ def promotions(catalog: Catalog, indices: Sequence[int], lap: int) -> float:
     return len(found) / (time.monotonic() - started_at)
 
 
-def answer(new_url: Callable[[int], str], sizes: Sequence[int], repeats: int) -> list[House]:
-    """Fill each size, then read from all of them in turns."""
-    with tempfile.TemporaryDirectory(prefix="openmint-catalogue-") as root:
-        houses = [build(new_url(size), Path(root) / str(size), size) for size in sizes]
-        for house in houses:
-            house.opened = [in_new_process(house) for _ in range(repeats)]
-        open_ones = [(each, Catalog.open(each.url), FolderStore(each.folder)) for each in houses]
-        for lap in range(-1, repeats):
-            for house, catalog, store in open_ones:
-                reads = read(catalog, store, house.size, lap + 1)
-                if lap >= 0:
-                    house.reads.append(reads)
-        for house, catalog, _ in open_ones:
-            catalog.close()
-            print(f"  {house.size}: {house.reads[-1]}", flush=True)
-        return houses
+def answer(houses: Sequence[House], repeats: int) -> None:
+    """Read from all of them in turns, then ask services on the smallest and the largest."""
+    for house in houses:
+        house.opened = [in_new_process(house) for _ in range(repeats)]
+    open_ones = [(each, Catalog.open(each.url), FolderStore(each.folder)) for each in houses]
+    for lap in range(-1, repeats):
+        for house, catalog, store in open_ones:
+            reads = read(catalog, store, house.size, lap + 1)
+            if lap >= 0:
+                house.reads.append(reads)
+    for house, catalog, _ in open_ones:
+        catalog.close()
+        print(f"  {house.size}: {house.reads[-1]}", flush=True)
+    crowds = [Crowd(house.url, house.root) for house in (houses[0], houses[-1])]
+    ask_in_turns(crowds, tenant_of(0), repeats)
+    houses[0].crowd, houses[-1].crowd = crowds
+    print(f"  {crowds}", flush=True)
 
 
-def build(url: str, folder: Path, size: int) -> House:
-    catalog, store = Catalog.open(url), FolderStore(folder)
-    imported = fill(catalog, store, size)
-    mark(catalog, size)
-    catalog.close()
-    house = House(size, url, folder, imported, database_bytes(url) / 2**20)
-    print(f"  {size}: imported, {size / imported.whole:.0f} a second", flush=True)
-    return house
+def build(urls: Sequence[str], root: Path, size: int) -> list[House]:
+    """One for each of the databases, all of them with the same store."""
+    catalogs, store = [Catalog.open(url) for url in urls], FolderStore(root / "data")
+    imports = fill(catalogs, store, size)
+    for catalog in catalogs:
+        mark(catalog, size)
+        catalog.close()
+    print(f"  {size}: {', '.join(f'{size / each.whole:.0f}/s' for each in imports)}", flush=True)
+    return [
+        House(size, url, root, imported, database_bytes(url) / 2**20)
+        for url, imported in zip(urls, imports, strict=True)
+    ]
 
 
 def database_bytes(url: str) -> int:
@@ -339,23 +361,35 @@ def urls_of(kind: str) -> Iterator[Callable[[int], str]]:
 def ask(stage: Stage, repeats: int) -> Report:
     """Of the stage the largest size alone is needed."""
     sizes = [size for size in SIZES if size <= stage.largest]
-    found: dict[str, list[House]] = {}
     limits = [
+        "Bytes are admitted and stored once; each catalogue's import is those parts and its own.",
         "Reads come from memory: nothing drops the page cache between import and reading.",
         "PostgreSQL runs on the same machine, over a socket, with its default settings.",
     ]
-    for kind in ("SQLite", "PostgreSQL"):
-        print(f"  {kind}", flush=True)
-        try:
-            with urls_of(kind) as new_url:
-                found[kind] = answer(new_url, sizes, repeats)
-        except Unavailable as error:
-            limits.append(f"{kind} was not measured: {error}.")
+    with ExitStack() as stack:
+        databases: dict[str, Callable[[int], str]] = {}
+        for kind in KINDS:
+            try:
+                databases[kind] = stack.enter_context(urls_of(kind))
+            except Unavailable as error:
+                limits.append(f"{kind} was not measured: {error}.")
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="openmint-catalogue-")))
+        built = [
+            build([new_url(size) for new_url in databases.values()], root / str(size), size)
+            for size in sizes
+        ]
+        found = dict(zip(databases, map(list, zip(*built, strict=True)), strict=True))
+        for kind, houses in found.items():
+            print(f"  {kind}", flush=True)
+            answer(houses, repeats)
     return Report(
         question="catalog",
         title=f"What {sizes[-1]:,} revisions cost the catalogue",
         measured=MEASURED,
-        tables=[f"## {kind}\n\n{houses_table(houses)}" for kind, houses in found.items()],
+        tables=[
+            f"## {kind}\n\n{houses_table(houses)}\n\n{services_table(houses)}"
+            for kind, houses in found.items()
+        ],
         lines=[line for kind, houses in found.items() for line in lines_of(kind, houses)],
         limits=limits,
         data={kind: [data_of(house) for house in houses] for kind, houses in found.items()},
@@ -379,7 +413,34 @@ def lines_of(kind: str, houses: Sequence[House]) -> list[Line]:
                 verdict(ratio.median, at_most=MOST_RATIO),
             )
         )
+    warm = Spread.of([b / a for a, b in zip(_p95(first), _p95(last), strict=True)])
+    lines.append(
+        Line(
+            f"{kind}: warm request p95 beside {last.size:,} / beside {first.size:,}",
+            f"≤ {MOST_WARM_RATIO:g}",
+            warm.show("x"),
+            verdict(warm.median, at_most=MOST_WARM_RATIO),
+        )
+    )
     return lines
+
+
+def _p95(house: House) -> list[float]:
+    assert house.crowd is not None
+    return house.crowd.p95_ms
+
+
+def services_table(houses: Sequence[House]) -> str:
+    head = ["revisions", "service ready, s", "gateway, MiB", "warm request p50, ms", "p95, ms"]
+    return table(
+        [head, *(_service_cells(house.size, house.crowd) for house in houses if house.crowd)]
+    )
+
+
+def _service_cells(size: int, crowd: Crowd) -> list[str]:
+    spreads = (Spread.of(each).show("") for each in (crowd.p50_ms, crowd.p95_ms))
+    ready = Spread.of(crowd.ready_seconds).show("")
+    return [f"{size:,}", ready, number(crowd.gateway_mib), *spreads]
 
 
 def houses_table(houses: Sequence[House]) -> str:
@@ -415,4 +476,14 @@ def data_of(house: House) -> dict[str, object]:
         "database_mib": house.database_mib,
         "opened": [asdict(each) for each in house.opened],
         "reads": [asdict(each) for each in house.reads],
+        "service": None if house.crowd is None else _service_data(house.crowd),
+    }
+
+
+def _service_data(crowd: Crowd) -> dict[str, object]:
+    return {
+        "ready_seconds": crowd.ready_seconds,
+        "gateway_mib": crowd.gateway_mib,
+        "p50_ms": crowd.p50_ms,
+        "p95_ms": crowd.p95_ms,
     }

@@ -86,12 +86,19 @@ class Burst:
 def fill(data: Path, count: int) -> list[str]:
     """Put so many adapters, each a policy's revision, into a data folder; their names as models."""
     data.mkdir()
+    catalog = Catalog.open(f"sqlite:///{data / 'openmint.db'}")
+    names = put_adapters(FolderStore(data), catalog, TENANT, count)
+    catalog.close()
+    return names
+
+
+def put_adapters(store: FolderStore, catalog: Catalog, tenant: Tenant, count: int) -> list[str]:
+    """So many policies of the tenant with a revision each; their names as models."""
     directory = embedded_base(BASES)
     digest = base_digest(directory, BASES)
     _, base = load_model(EMBEDDED_BASE, directory, digest, WorkerConfig())
-    archive = AdapterArchive(FolderStore(data), base)
+    archive = AdapterArchive(store, base)
     layout = AdapterLayout(SPEC, base.targets_of(SPEC))
-    catalog = Catalog.open(f"sqlite:///{data / 'openmint.db'}")
     generator = torch.Generator().manual_seed(0)
     names = []
     for index in range(count):
@@ -99,9 +106,8 @@ def fill(data: Path, count: int) -> list[str]:
         flat_P.normal_(0.0, 0.01, generator=generator)
         revision, size = archive.save_revision(AdapterWeights(layout, flat_P))
         blob = SavedBlob(revision, size, SPEC, num_optim_steps=0)
-        catalog.import_revision(TENANT, f"p{index}", base, blob, actor="benchmark")
-        names.append(f"{TENANT}/p{index}@{revision}")
-    catalog.close()
+        catalog.import_revision(tenant, f"p{index}", base, blob, actor="benchmark")
+        names.append(f"{tenant}/p{index}@{revision}")
     return names
 
 

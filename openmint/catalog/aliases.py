@@ -392,9 +392,13 @@ def _aliased(
     return Resolved(revision, name)
 
 
-_ALIASED = REVISIONS.add_columns(t.alias.c.name.label("alias"), *CANARY).join(
-    t.alias,
-    (t.alias.c.policy_id == t.revision.c.policy_id) & (t.alias.c.digest == t.revision.c.digest),
+_ITS_REVISION = (t.revision.c.policy_id == t.alias.c.policy_id) & (
+    t.revision.c.digest == t.alias.c.digest
+)
+# Every alias names a revision; but only so does no database read all revisions of the policy first,
+# to see which of them has an alias.
+_ALIASED = select(*REVISIONS.selected_columns, t.alias.c.name.label("alias"), *CANARY).select_from(
+    t.policy.join(t.alias).outerjoin(t.revision, _ITS_REVISION)
 )
 
 

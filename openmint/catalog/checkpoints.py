@@ -32,6 +32,7 @@ from openmint.catalog.rows import (
     one,
 )
 from openmint.catalog.sessions import find_session
+from openmint.catalog.stored import counted
 from openmint.errors import Conflict, NotFound
 from openmint.types import BaseInfo, Digest, RunId, SessionId, Tenant
 
@@ -213,7 +214,7 @@ class CheckpointRecords:
                 raise _not_found(segment, name)
             _delete(connection, this)
             if segment == "sampler_weights" and not _has_other_use(connection, found):
-                delete_revision_row(connection, found.policy_id, found.digest)
+                delete_revision_row(connection, tenant, found.policy_id, found.digest)
             subject = f"{run_id}/{segment}/{name}"
             note_event(connection, tenant, actor, "checkpoint.delete", subject)
 
@@ -272,20 +273,20 @@ def _put(
             "choose another name, delete it, or save with overwrite"
         )
     _delete(connection, this)
-    connection.execute(
-        t.checkpoint.insert().values(
-            run_id=run.run_id,
-            segment=segment,
-            name=name,
-            tenant=run.tenant,
-            **blob_values(blob),
-            # A repeated save of the same bytes stays published; other bytes need publishing anew.
-            public=known is not None and known.public and known.digest == blob.digest,
-            user_metadata=metadata(user_metadata),
-            created_at=now(),
-            expires_at=_expiry(ttl_seconds),
-        )
+    added = t.checkpoint.insert().values(
+        run_id=run.run_id,
+        segment=segment,
+        name=name,
+        tenant=run.tenant,
+        **blob_values(blob),
+        # A repeated save of the same bytes stays published; other bytes need publishing anew.
+        public=known is not None and known.public and known.digest == blob.digest,
+        user_metadata=metadata(user_metadata),
+        created_at=now(),
+        expires_at=_expiry(ttl_seconds),
     )
+    with counted(connection, run.tenant, [blob.digest]):
+        connection.execute(added)
     note_steps(connection, run, blob)
     subject, details = f"{run.run_id}/{segment}/{name}", {"digest": blob.digest}
     note_event(connection, run.tenant, run.run_id, "checkpoint.create", subject, details)
@@ -306,10 +307,11 @@ def _put(
 
 def _delete(connection: Connection, this: ColumnElement[bool]) -> None:
     """Remove the checkpoint, if it is there."""
-    digest = connection.execute(select(t.checkpoint.c.digest).where(this)).scalar()
-    if digest is not None:
-        doom(connection, digest)
-        connection.execute(delete(t.checkpoint).where(this))
+    query = select(t.checkpoint.c.tenant, t.checkpoint.c.digest).where(this)
+    if found := connection.execute(query).first():
+        doom(connection, found.digest)
+        with counted(connection, found.tenant, [found.digest]):
+            connection.execute(delete(t.checkpoint).where(this))
 
 
 def _has_other_use(connection: Connection, gone: Checkpoint) -> bool:

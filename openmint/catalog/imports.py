@@ -11,6 +11,7 @@ from openmint.catalog import tables as t
 from openmint.catalog.address import LATEST
 from openmint.catalog.database import Database, now
 from openmint.catalog.rows import MAX_LIST, SavedBytes, blob_values
+from openmint.catalog.stored import counted
 from openmint.errors import InvalidRequest
 from openmint.types import BaseInfo, Digest, Tenant
 
@@ -46,7 +47,8 @@ class ImportRecords:
             batch.find_policies({name for name, _ in imports})
             batch.find_revisions({blob.digest for _, blob in imports})
             numbers = [batch.add(name, blob) for name, blob in imports]
-            batch.write()
+            with counted(connection, tenant, {blob.digest for _, blob in imports}):
+                batch.write()
             return numbers
 
 

@@ -29,6 +29,20 @@ SESSION = {
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
 }
+PLANS = {
+    # Each query of the catalogue has an index that it walks, and stops after a page. Left to its
+    # counts the planner joins, sorts or reads whole tables instead: before it has counted what an
+    # import brought, or because all of an owner's revisions are one tenant's.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_sort": "off",
+    "max_parallel_workers_per_gather": "0",
+    # Up to version 17 what is off counts as so dear that a query would first be compiled.
+    "jit": "off",
+}
+"""Such plans are not forbidden, only never preferred."""
 WRITES = {
     # What is read after the lock was got must be what its last holder wrote, not what was there
     # when the transaction began to wait for it.
@@ -153,7 +167,8 @@ def _writer(url: URL) -> Engine:
 
 def _engine(url: URL, session: Mapping[str, str], **options: Any) -> Engine:
     engine = create_engine(url, **options)
-    setting = ";".join(f"SET {name} = '{value}'" for name, value in {**SESSION, **session}.items())
+    settings = {**SESSION, **PLANS, **session}
+    setting = ";".join(f"SET {name} = '{value}'" for name, value in settings.items())
 
     @event.listens_for(engine, "connect")
     def prepare(driver: psycopg.Connection[Any], _record: object) -> None:

@@ -21,6 +21,7 @@ from openmint.catalog.policies import find_policy
 from openmint.catalog.records import Keep, Policy, Revision
 from openmint.catalog.revisions import delete_revision_row
 from openmint.catalog.rows import MAX_LIST, POLICIES, REVISIONS, many, one
+from openmint.catalog.stored import counted
 from openmint.types import Digest, Tenant
 
 ACTOR = "retention"
@@ -68,7 +69,7 @@ class RetentionRecords:
             surplus = _surplus(connection, policy, keep)
             for revision in surplus:
                 details = {"checkpoints": _delete_checkpoints(connection, revision)}
-                delete_revision_row(connection, policy_id, revision.digest)
+                delete_revision_row(connection, policy.tenant, policy_id, revision.digest)
                 subject = f"{policy.tenant}/{policy.name}@{revision.digest}"
                 note_event(connection, policy.tenant, ACTOR, "revision.delete", subject, details)
             return len(surplus)
@@ -154,5 +155,6 @@ def _delete_checkpoints(connection: Connection, revision: Revision) -> list[str]
         & checkpoint.run_id.in_(runs)
     )
     rows = connection.execute(select(checkpoint.run_id, checkpoint.name).where(its)).all()
-    connection.execute(delete(t.checkpoint).where(its))
+    with counted(connection, revision.tenant, [revision.digest]):
+        connection.execute(delete(t.checkpoint).where(its))
     return [f"{run_id}/sampler_weights/{name}" for run_id, name in rows]

@@ -22,6 +22,7 @@ from openmint.catalog.rows import (
     metadata,
     one,
 )
+from openmint.catalog.stored import counted
 from openmint.errors import Conflict, InvalidRequest, NotFound
 from openmint.types import Digest, RunId, Tenant
 
@@ -83,26 +84,27 @@ def put_revision(
     if known is not None:
         this = (t.revision.c.policy_id == policy.policy_id) & (t.revision.c.digest == blob.digest)
         kept = {"deleted_at": None, "ephemeral": known.ephemeral and ephemeral}
-        connection.execute(update(t.revision).where(this).values(**kept))
+        with counted(connection, policy.tenant, [blob.digest]):
+            connection.execute(update(t.revision).where(this).values(**kept))
     else:
         mine = t.revision.c.policy_id == policy.policy_id
         last = select(func.max(t.revision.c.number)).where(mine)
         if parent_digest is None and run is not None:
             parent_digest = _newest_of_run(connection, run)
-        connection.execute(
-            t.revision.insert().values(
-                policy_id=policy.policy_id,
-                number=(connection.execute(last).scalar() or 0) + 1,
-                **blob_values(blob),
-                parent_digest=parent_digest,
-                run_id=run.run_id if run else None,
-                origin=origin,
-                ephemeral=ephemeral,
-                user_metadata=metadata(user_metadata),
-                created_at=now(),
-                owner=run.session_id if run else actor,
-            )
+        added = t.revision.insert().values(
+            policy_id=policy.policy_id,
+            number=(connection.execute(last).scalar() or 0) + 1,
+            **blob_values(blob),
+            parent_digest=parent_digest,
+            run_id=run.run_id if run else None,
+            origin=origin,
+            ephemeral=ephemeral,
+            user_metadata=metadata(user_metadata),
+            created_at=now(),
+            owner=run.session_id if run else actor,
         )
+        with counted(connection, policy.tenant, [blob.digest]):
+            connection.execute(added)
         maker = run.run_id if run else origin
         subject = f"{policy.tenant}/{policy.name}@{blob.digest}"
         note_event(connection, policy.tenant, maker, "revision.create", subject)
@@ -125,11 +127,17 @@ def _newest_of_run(connection: Connection, run: Run) -> Digest | None:
 
 
 def delete_revision_row(
-    connection: Connection, policy_id: int, digest: str, *, with_grace: bool = True
+    connection: Connection,
+    tenant: Tenant,
+    policy_id: int,
+    digest: Digest,
+    *,
+    with_grace: bool = True,
 ) -> None:
     """Mark it deleted; its bytes go once nothing needs them, with grace a while later."""
     this = (t.revision.c.policy_id == policy_id) & (t.revision.c.digest == digest)
-    connection.execute(update(t.revision).where(this).values(deleted_at=now()))
+    with counted(connection, tenant, [digest]):
+        connection.execute(update(t.revision).where(this).values(deleted_at=now()))
     doom(connection, digest, with_grace=with_grace)
 
 
@@ -277,7 +285,7 @@ class RevisionRecords:
                 raise Conflict(
                     f"alias {names[0]!r} names revision {found.digest}; move the alias first"
                 )
-            delete_revision_row(connection, owner.policy_id, found.digest)
+            delete_revision_row(connection, tenant, owner.policy_id, found.digest)
             subject = f"{tenant}/{policy}@{found.digest}"
             note_event(connection, tenant, actor, "revision.delete", subject)
             return found
@@ -292,7 +300,8 @@ class RevisionRecords:
             .where(alias.policy_id == revision.policy_id, alias.digest == revision.digest)
             .exists()
         )
-        over = select(revision.policy_id, revision.digest).where(
+        over = select(revision.policy_id, revision.digest, t.policy.c.tenant).where(
+            revision.policy_id == t.policy.c.policy_id,
             revision.ephemeral.is_(True),
             revision.deleted_at.is_(None),
             revision.run_id.in_(ended),
@@ -300,4 +309,5 @@ class RevisionRecords:
         )
         with self._database.write() as connection:
             for row in connection.execute(over).all():
-                delete_revision_row(connection, row.policy_id, row.digest, with_grace=False)
+                this = row.tenant, row.policy_id, row.digest
+                delete_revision_row(connection, *this, with_grace=False)

@@ -135,10 +135,16 @@ def policies_query(tenant: Tenant, filters: Filters) -> tuple[Select[Any], _Orde
     return query.where(*_named(name, filters)), order
 
 
+# Each revision has a policy; but only so does no database begin with the policies of the tenant,
+# as if an owner's revisions were spread evenly over those of all.
+_OF_OWNER = select(*REVISIONS.selected_columns).select_from(t.revision.outerjoin(t.policy))
+
+
 def revisions_query(tenant: Tenant, filters: Filters) -> tuple[Select[Any], _Order]:
     policy, revision, tag, score = t.policy.c, t.revision.c, t.revision_tag.c, t.evaluation.c
     kept = revision.deleted_at.is_(None) & revision.ephemeral.is_(False)
-    query = REVISIONS.where(policy.tenant == tenant, kept)
+    of_tenant: ColumnElement[bool] = policy.tenant == tenant
+    query = REVISIONS
     name, order = policy.name, _Order(policy.name, revision.number, str)
     if filters.task is not None:
         same = (score.policy_id == revision.policy_id) & (score.digest == revision.digest)
@@ -151,13 +157,14 @@ def revisions_query(tenant: Tenant, filters: Filters) -> tuple[Select[Any], _Ord
         query = query.where(tag.tenant == tenant, tag.tag == filters.tag)
         name, order = tag.policy_name, _Order(tag.policy_name, tag.number, str)
     elif filters.owner is not None:
+        query, of_tenant = _OF_OWNER, policy.tenant.is_not_distinct_from(tenant)
         order = _Order(revision.policy_id, revision.number, int)
     if filters.task is not None and filters.tag is not None:
         mine = (tag.policy_id == revision.policy_id) & (tag.digest == revision.digest)
         query = query.where(select(tag.tag).where(mine, tag.tag == filters.tag).exists())
     if filters.owner is not None:
         query = query.where(revision.owner == filters.owner)
-    return query.where(*_named(name, filters)), order
+    return query.where(of_tenant, kept, *_named(name, filters)), order
 
 
 def _named(name: ColumnElement[str], filters: Filters) -> list[ColumnElement[bool]]:

@@ -194,7 +194,13 @@ revision = Table(
     UniqueConstraint("policy_id", "number"),
     Index(None, "digest"),
     Index(None, "run_id"),
-    Index(None, "ephemeral", "deleted_at"),
+    # Of these few alone: as an index of all it would seem to serve every search.
+    Index(
+        "ix_revision_of_sessions",
+        "deleted_at",
+        sqlite_where=text("ephemeral IS 1"),
+        postgresql_where=text("ephemeral IS TRUE"),
+    ),
     Index(None, "owner", "policy_id", "number"),
     Index(None, "policy_id", "parent_digest"),
     sqlite_with_rowid=False,
@@ -431,6 +437,14 @@ quota = Table(
     Column("tokens_per_minute", INT64),
     Column("resident_adapters", INT64),
     Column("stored_bytes", INT64),
+)
+
+stored = Table(
+    "stored",
+    METADATA,
+    # See catalog/stored.py.
+    Column("tenant", TEXT, primary_key=True),
+    Column("num_bytes", INT64, nullable=False),
 )
 
 usage = Table(

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 
 from openmint.catalog import tables as t
 from openmint.catalog.audit import note_event
@@ -45,18 +45,9 @@ class TenantRecords:
 
     def stored_bytes(self, tenant: Tenant) -> int:
         """Of the distinct bytes that the tenant's checkpoints and revisions name."""
-        saved = select(t.checkpoint.c.digest, t.checkpoint.c.size_bytes).where(
-            t.checkpoint.c.tenant == tenant
-        )
-        made = (
-            select(t.revision.c.digest, t.revision.c.size_bytes)
-            .join_from(t.revision, t.policy)
-            .where(t.policy.c.tenant == tenant, t.revision.c.deleted_at.is_(None))
-        )
-        both = saved.union(made).subquery()
+        query = select(t.stored.c.num_bytes).where(t.stored.c.tenant == tenant)
         with self._database.read() as connection:
-            total = connection.execute(select(func.sum(both.c.size_bytes))).scalar()
-            return int(total or 0)
+            return int(connection.execute(query).scalar() or 0)
 
     def add_usage(self, hours: Sequence[UsageHour]) -> None:
         """Add to what is there for the same tenant, base and hour."""

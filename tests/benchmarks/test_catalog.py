@@ -6,23 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import catalog
+from benchmarks import catalog, crowded
 from benchmarks.processes import Stage
 from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Filters
 from openmint.store.folder_store import FolderStore
 
 
+@pytest.mark.integration
+@pytest.mark.slow
 def test_every_figure_is_there_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "SIZES", (100, 200, 10**9))
     monkeypatch.setattr(catalog, "NUM_RESOLVED", 20)
     for name in ("NUM_PAGES", "NUM_PROMOTED", "NUM_MARKED"):
         monkeypatch.setattr(catalog, name, 5)
+    for name, value in (("NUM_STARTS", 1), ("NUM_REQUESTS", 8), ("LAP", 4)):
+        monkeypatch.setattr(crowded, name, value)
     report = catalog.ask(Stage(largest=200), 2)
     assert [line.work for line in report.lines] == [
-        f"{kind}: resolve {what} at 200 / at 100"
+        f"{kind}: {what}"
         for kind in ("SQLite", "PostgreSQL")
-        for what in ("p50", "p99")
+        for what in (
+            "resolve p50 at 200 / at 100",
+            "resolve p99 at 200 / at 100",
+            "warm request p95 beside 200 / beside 100",
+        )
     ]
     assert {line.verdict for line in report.lines} <= {"met", "missed"}
     for houses in report.data.values():
@@ -33,6 +41,10 @@ def test_every_figure_is_there_for_each_size(monkeypatch: pytest.MonkeyPatch) ->
                 value > 0 for each in figures for name, value in each.items() if "mib" not in name
             )
             assert len(house["opened"]) == len(house["reads"]) == 2
+            service = house["service"]
+            assert len(service["ready_seconds"]) == 1
+            assert len(service["p95_ms"]) == 2
+            assert min(service["p95_ms"]) > 0 < service["gateway_mib"]
 
 
 def test_no_two_adapters_are_equal() -> None:
@@ -52,7 +64,7 @@ def test_as_many_revisions_are_marked_at_every_size(
     monkeypatch.setattr(catalog, "NUM_MARKED", 9)
     for size in (100, 300):
         opened = Catalog.open(f"sqlite:///{tmp_path}/{size}.db")
-        catalog.fill(opened, FolderStore(tmp_path), size)
+        catalog.fill([opened], FolderStore(tmp_path), size)
         catalog.mark(opened, size)
         for nth in range(catalog.NUM_TENANTS):
             wanted = Filters(tag=catalog.TAG)

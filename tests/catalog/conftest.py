@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from openmint.catalog.catalog import Catalog
+from tests.catalog.made import assert_stored_bytes_are_those_of_records
 from tests.postgres import PostgresServer
 
 NewUrl = Callable[[], str]
@@ -44,6 +45,8 @@ def empty_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iter
 
 @pytest.fixture
 def catalog(url: str) -> Iterator[Catalog]:
+    """Whatever a test did with it, in the end its bytes were counted right."""
     opened = Catalog.open(url)
     yield opened
+    assert_stored_bytes_are_those_of_records(opened)
     opened.close()

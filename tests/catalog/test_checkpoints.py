@@ -122,8 +122,9 @@ def test_checkpoints_are_listed_newest_first(catalog: Catalog) -> None:
     assert [c.name for c in catalog.run_checkpoints(ANN, RUN)] == ["2", "1", "0"]
     page, total = catalog.checkpoints(ANN, limit=2, offset=1)
     assert ([c.name for c in page], total) == (["2", "1"], 4)
-    assert catalog.checkpoint_usage(ANN) == (4, 400)
-    assert catalog.checkpoint_usage(ANN, session_id=SESSION) == (3, 300)
+    of_session = sum(blob(i).size_bytes for i in range(3))
+    assert catalog.checkpoint_usage(ANN) == (4, of_session + blob(9).size_bytes)
+    assert catalog.checkpoint_usage(ANN, session_id=SESSION) == (3, of_session)
     assert catalog.checkpoint_usage(BOB) == (0, 0)
     with pytest.raises(NotFound):
         catalog.run_checkpoints(BOB, RUN)

@@ -11,12 +11,19 @@ from sqlalchemy.exc import IntegrityError
 
 from openmint.catalog import tables as t
 from openmint.catalog.catalog import Catalog
-from openmint.catalog.database import Database, migrate
-from openmint.catalog.rows import SHAPES, SPEC_FIELDS
+from openmint.catalog.database import Database, migrate, now
+from openmint.catalog.rows import SHAPES, SPEC_FIELDS, blob_values
 from openmint.errors import InvalidRequest, StoreFailed
-from tests.catalog.made import ANN, RUN, add_run, blob
+from tests.catalog.made import (
+    ANN,
+    BASE,
+    BOB,
+    RUN,
+    add_run,
+    blob,
+)
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 
 
 def differences(connection: Any) -> list[Any]:
@@ -42,6 +49,39 @@ def test_migrations_follow_each_other(empty_url: str) -> None:
         assert differences(connection) == []
     engine.dispose()
     Database(empty_url).close()
+
+
+def test_a_migration_counts_the_bytes_that_are_stored_already(empty_url: str) -> None:
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        migrate(connection, "0005")
+        for policy_id, tenant in enumerate((ANN, ANN, BOB), 1):
+            made = {"policy_id": policy_id, "tenant": tenant, "name": f"p{policy_id}"}
+            base = {"base_name": BASE.name, "base_digest": BASE.digest}
+            values = {**made, **base, "user_metadata": {}, "created_at": now()}
+            connection.execute(t.policy.insert().values(values))
+        for policy_id, word, deleted_at in (
+            (1, 1, None),
+            (2, 1, None),
+            (2, 2, now()),
+            (3, 2, None),
+        ):
+            values = {
+                **blob_values(blob(word)),
+                "policy_id": policy_id,
+                "number": word,
+                "origin": "imported",
+                "ephemeral": False,
+                "user_metadata": {},
+                "created_at": now(),
+                "deleted_at": deleted_at,
+            }
+            connection.execute(t.revision.insert().values(values))
+    engine.dispose()
+    catalog = Catalog.open(empty_url)
+    assert catalog.stored_bytes(ANN) == blob(1).size_bytes
+    assert catalog.stored_bytes(BOB) == blob(2).size_bytes
+    catalog.close()
 
 
 def test_each_select_has_the_columns_of_its_record() -> None:

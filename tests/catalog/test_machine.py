@@ -15,11 +15,11 @@ from hypothesis.stateful import (
 )
 
 from openmint.catalog.catalog import Catalog
-from openmint.catalog.records import Finished, RequestRecord, SavedState
+from openmint.catalog.records import Finished, Keep, RequestRecord, SavedState
 from openmint.errors import Conflict, NotFound
 from openmint.types import Digest, RunId, SessionId
 from tests.catalog.conftest import NewUrl
-from tests.catalog.made import ANN, add_run, blob, digest_of
+from tests.catalog.made import ANN, BASE, add_run, blob, digest_of, size_of
 
 POLICY = "math"
 WORDS, NAMES = st.sampled_from("abcdefgh"), st.sampled_from(("one", "two", "three"))
@@ -143,6 +143,23 @@ class Catalogue(RuleBasedStateMachine):
             self.catalog.delete_revision(ANN, POLICY, digest, actor="t")
             self.live.discard(digest)
 
+    @rule(words=st.lists(WORDS, min_size=1, max_size=4))
+    def import_some(self, words: list[str]) -> None:
+        self.catalog.import_revisions(ANN, BASE, [(POLICY, blob(w)) for w in words], actor="t")
+        for digest in map(digest_of, words):
+            self.live.add(digest)
+            self.move("latest", digest)
+
+    @rule(keep=st.integers(1, 3))
+    def retain(self, keep: int) -> None:
+        """What goes is what it says beforehand."""
+        surplus = self.catalog.surplus_revisions(ANN, POLICY, Keep(keep, 10))
+        self.catalog.delete_surplus(Keep(keep, 10), after=0, limit=10)
+        gone = {revision.digest for revision in surplus}
+        self.live -= gone
+        for key in [key for key, digest in self.saves.items() if digest in gone]:
+            del self.saves[key]
+
     @rule(session=SESSIONS, seq=st.integers(1, 4), word=WORDS)
     def ask(self, session: str, seq: int, word: str) -> None:
         run = self.runs.get(session)
@@ -216,6 +233,11 @@ class Catalogue(RuleBasedStateMachine):
     @invariant()
     def revisions_agree(self) -> None:
         assert {r.digest for r in self.catalog.revisions(ANN, POLICY)} == self.live
+
+    @invariant()
+    def stored_bytes_are_those_of_saves_and_revisions_each_once(self) -> None:
+        named = self.live | set(self.saves.values())
+        assert self.catalog.stored_bytes(ANN) == sum(map(size_of, named))
 
     @invariant()
     def requests_agree(self) -> None:
