@@ -1,11 +1,13 @@
 """Every test of the catalogue runs on both databases."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from openmint.catalog.catalog import Catalog
+from openmint.errors import Overloaded
 from tests.catalog.made import assert_stored_bytes_are_those_of_records
 from tests.postgres import PostgresServer
 
@@ -48,7 +50,7 @@ def catalog(url: str) -> Iterator[Catalog]:
     """Whatever a test did with it, in the end its bytes were counted right."""
     opened = Catalog.open(url)
     yield opened
+    with suppress(Overloaded):  # a test may have cut its connections
+        opened.has_keys()
+    assert_stored_bytes_are_those_of_records(opened)
     opened.close()
-    again = Catalog.open(url)  # a test may have cut the connections of the first
-    assert_stored_bytes_are_those_of_records(again)
-    again.close()
