@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         default=LARGEST,
         metavar="N",
-        help="most revisions that `catalog` makes; 1000000 takes an hour or two and 40 GB",
+        help="most revisions that `catalog` makes; 1000000 takes 40 minutes and 20 GB",
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
