@@ -75,12 +75,15 @@ class CanaryRecords:
         """Give a share of the alias's traffic to a revision, by its digest or the start of it, or
         to the one that is the canary already. Durable on return; a retry changes nothing.
 
-        Raises NotFound for the alias or the revision, InvalidRequest for a share outside (0, 1] or
+        Raises NotFound for the alias or the revision, InvalidRequest for a share outside (0, 1) or
         a canary of `latest`, Conflict when another canary runs, when the alias names the revision
         to everyone, or is not at `expected_version`.
         """
-        if not 0 < share <= 1:
-            raise InvalidRequest(f"a canary's share is above 0 and at most 1, got {share:g}")
+        if not 0 < share < 1:
+            raise InvalidRequest(
+                f"a canary's share is above 0 and below 1, got {share:g}; to give it all traffic, "
+                "finish it"
+            )
         if alias == LATEST:
             raise InvalidRequest(f"alias {LATEST!r} follows every save; use another")
         with self._database.write() as connection:

@@ -42,7 +42,7 @@ watch = typer.Typer(
 schedule = typer.Typer(help="Evaluations that start by themselves.", no_args_is_help=True)
 
 ShareOption = Annotated[
-    float, typer.Option("--share", help="Part of the traffic, above 0 and at most 1.")
+    float, typer.Option("--share", help="Part of the traffic, above 0 and below 1.")
 ]
 ConfidenceOption = Annotated[float, typer.Option(help="Of the comparison, one-sided.")]
 GATE_COLUMNS = (

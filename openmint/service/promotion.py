@@ -107,7 +107,7 @@ class Promotion:
         """Give a share of the alias's traffic to the revision that `reference` names, or to the one
         that has a share already. Durable on return; a retry changes nothing.
 
-        Raises NotFound, InvalidRequest for a share outside (0, 1], Conflict while another canary
+        Raises NotFound, InvalidRequest for a share outside (0, 1), Conflict while another canary
         runs or when the version has changed.
         """
         digest = self.revision(tenant, policy, reference).digest if reference else None

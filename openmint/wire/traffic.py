@@ -33,7 +33,7 @@ class SetCanary(Body):
     share already."""
 
     revision: Reference | None = None
-    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+    share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     reason: Reason = ""
     if_version: Version | None = None
 

@@ -105,7 +105,7 @@ class Catalogue(RuleBasedStateMachine):
             del self.canaries[alias]
 
     @precondition(lambda self: self.stacks)
-    @rule(alias=ALIASES, word=WORDS, share=st.sampled_from((0.1, 0.5, 1.0)))
+    @rule(alias=ALIASES, word=WORDS, share=st.sampled_from((0.1, 0.5, 0.9)))
     def try_canary(self, alias: str, word: str, share: float) -> None:
         digest = digest_of(word)
         arguments = (ANN, POLICY, alias, digest, share)
