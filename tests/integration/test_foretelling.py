@@ -9,10 +9,15 @@ from typing import Any
 
 import httpx
 import pytest
-import tinker
 
 from openmint.cluster.worker_client import STATS_SECONDS
-from tests.chaos.training import Job
+from tests.integration.trained import (
+    REVISION_BYTES,
+    http_client,
+    revision,
+    train,
+    wait_until,
+)
 from tests.servers import (
     TestServer,
     running_server,
@@ -24,11 +29,7 @@ from tests.servers import (
 
 pytestmark = pytest.mark.integration
 
-RANK, PARAMS_PER_RANK = 4, 2 * (448 + 576)
-"""Of the tiny base's layers: attention and MLP."""
-REVISION_BYTES = 2 * RANK * PARAMS_PER_RANK
 POLICIES = [f"default/likely-{i}" for i in range(3)]
-WAIT_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +38,8 @@ def server(
 ) -> Iterator[TestServer]:
     """One with three policies, and host memory for two of them, which is empty at first."""
     root, bases = tmp_path_factory.mktemp("foretelling"), [str(tiny_base("llama"))]
-    with (
-        running_server(root, bases=bases) as server,
-        tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service,
-    ):
-        for seed, policy in enumerate(POLICIES):
-            run = service.create_lora_training_client(
-                "tiny-llama",
-                rank=RANK,
-                seed=seed,
-                train_unembed=False,
-                user_metadata={"policy": policy.removeprefix("default/")},
-            ).result()
-            run.forward_backward(Job(seed, "cross_entropy").data(0), "cross_entropy").result()
-            run.optim_step(tinker.types.AdamParams(learning_rate=1e-2)).result()
-            run.save_weights_for_sampler("one").result()
+    with running_server(root, bases=bases) as server:
+        train(server, POLICIES)
     # A worker's death is an error in the log of the service.
     environ = {"OPENMINT_WORKER_HOST_BYTES": str(int(2.5 * REVISION_BYTES))}
     server = start_server(root, root / "data", bases=bases, environ=environ)
@@ -64,21 +52,12 @@ def server(
 
 @pytest.fixture(scope="module")
 def http(server: TestServer) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {server.admin_key}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+    with http_client(server) as client:
         yield client
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def is_in_memory(http: httpx.Client, policy: str) -> bool:
-    found = http.get(f"/catalog/v1/policies/{policy}/revisions/latest").raise_for_status()
-    return "host" in found.json()["tiers"]
+    return "host" in revision(http, policy)["tiers"]
 
 
 def stats(server: TestServer) -> dict[str, Any]:

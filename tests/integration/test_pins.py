@@ -11,11 +11,16 @@ from typing import Any
 
 import httpx
 import pytest
-import tinker
 
 from openmint.cluster.worker_client import STATS_SECONDS
-from tests.chaos.training import Job
-from tests.integration.test_residency import RANK, REVISION_BYTES
+from tests.integration.trained import (
+    REVISION_BYTES,
+    http_client,
+    revision,
+    train,
+    wait_for_probes,
+    wait_until,
+)
 from tests.servers import (
     TestServer,
     gateway_of,
@@ -32,7 +37,6 @@ pytestmark = pytest.mark.integration
 POLICIES = [f"default/pinned-{i}" for i in range(6)]
 FLOOD = POLICIES[1:]
 """One more than have room beside one that is pinned."""
-WAIT_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +55,8 @@ def server(
     server = start_server(root, data, bases=bases, environ=environ)
     try:
         wait_until_ready(server)
-        with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
-            for seed, policy in enumerate(POLICIES):
-                run = service.create_lora_training_client(
-                    "tiny-llama",
-                    rank=RANK,
-                    seed=seed,
-                    train_unembed=False,
-                    user_metadata={"policy": policy.removeprefix("default/")},
-                ).result()
-                for name in ("one", "two") if policy == POLICIES[0] else ("one",):
-                    data_0 = Job(seed, "cross_entropy").data(0)
-                    run.forward_backward(data_0, "cross_entropy").result()
-                    run.optim_step(tinker.types.AdamParams(learning_rate=1e-2)).result()
-                    run.save_weights_for_sampler(name).result()
+        train(server, POLICIES[:1], num_revisions=2)
+        train(server, POLICIES[1:])
         yield server
     finally:
         stop_server(server)
@@ -73,24 +65,10 @@ def server(
 @pytest.fixture(scope="module")
 def http(server: TestServer) -> Iterator[httpx.Client]:
     """A client, once the probes, which look at each new revision, are done."""
-    headers = {"Authorization": f"Bearer {server.admin_key}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
-        wait_until(lambda: all(revision(client, p)["drift"] is not None for p in POLICIES))
+    with http_client(server) as client:
+        wait_for_probes(client, POLICIES)
         promote(client, revisions_of(client)[0])
         yield client
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def revision(http: httpx.Client, policy: str, reference: str = "latest") -> dict[str, Any]:
-    path = f"/catalog/v1/policies/{policy}/revisions/{reference}"
-    found: dict[str, Any] = http.get(path).raise_for_status().json()
-    return found
 
 
 def revisions_of(http: httpx.Client) -> list[str]:

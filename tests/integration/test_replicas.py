@@ -9,10 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tinker
 
 from openmint.cluster.worker_client import STATS_SECONDS
-from tests.chaos.training import Job
+from tests.integration.trained import train
 from tests.servers import (
     READY_SECONDS,
     TestServer,
@@ -34,20 +33,8 @@ def server(
     tiny_base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TestServer]:
     root, bases = tmp_path_factory.mktemp("replicas"), [str(tiny_base("llama"))]
-    with (
-        running_server(root, bases=bases) as server,
-        tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service,
-    ):
-        for seed, policy in enumerate(POLICIES):
-            run = service.create_lora_training_client(
-                "tiny-llama",
-                rank=4,
-                seed=seed,
-                user_metadata={"policy": policy.removeprefix("default/")},
-            ).result()
-            run.forward_backward(Job(seed, "cross_entropy").data(0), "cross_entropy").result()
-            run.optim_step(tinker.types.AdamParams(learning_rate=1e-2)).result()
-            run.save_weights_for_sampler("one").result()
+    with running_server(root, bases=bases) as server:
+        train(server, POLICIES)
     # Again, with two workers whose memories are empty; their deaths are errors in its log.
     environ = {"OPENMINT_REPLICAS": "2"}
     server = start_server(root, root / "data", bases=bases, environ=environ)

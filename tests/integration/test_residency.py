@@ -11,20 +11,22 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import tinker
 
 from openmint.cluster.worker_client import STATS_SECONDS
-from tests.chaos.training import Job
+from tests.integration.trained import (
+    REVISION_BYTES,
+    http_client,
+    revision,
+    train,
+    wait_for_probes,
+    wait_until,
+)
 from tests.servers import TestServer, running_server
 
 pytestmark = pytest.mark.integration
 
-RANK, PARAMS_PER_RANK = 4, 2 * (448 + 576)
-"""Of the tiny base's layers: attention and MLP."""
-REVISION_BYTES = 2 * RANK * PARAMS_PER_RANK
 POLICIES = [f"default/warm-{i}" for i in range(3)]
 TIERS = ["store", "host", "slot"]
-WAIT_SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +37,15 @@ def server(
     environ = {"OPENMINT_WORKER_HOST_BYTES": str(int(2.5 * REVISION_BYTES))}
     root = tmp_path_factory.mktemp("residency")
     with running_server(root, bases=[str(tiny_base("llama"))], environ=environ) as server:
-        with tinker.ServiceClient(base_url=server.url, api_key=server.admin_key) as service:
-            for seed, policy in enumerate(POLICIES):
-                run = service.create_lora_training_client(
-                    "tiny-llama",
-                    rank=RANK,
-                    seed=seed,
-                    train_unembed=False,
-                    user_metadata={"policy": policy.removeprefix("default/")},
-                ).result()
-                run.forward_backward(Job(seed, "cross_entropy").data(0), "cross_entropy").result()
-                run.optim_step(tinker.types.AdamParams(learning_rate=1e-2)).result()
-                run.save_weights_for_sampler("one").result()
+        train(server, POLICIES)
         yield server
 
 
 @pytest.fixture(scope="module")
 def http(server: TestServer) -> Iterator[httpx.Client]:
     """A client, once the probes, which look at each new revision, are done."""
-    headers = {"Authorization": f"Bearer {server.admin_key}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
-        wait_until(lambda: all(revision(client, p)["drift"] is not None for p in POLICIES))
+    with http_client(server) as client:
+        wait_for_probes(client, POLICIES)
         yield client
 
 
@@ -65,18 +55,6 @@ def client(server: TestServer) -> Iterator[openai.OpenAI]:
         base_url=f"{server.url}/v1", api_key=server.admin_key, max_retries=0
     ) as client:
         yield client
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def revision(http: httpx.Client, policy: str) -> dict[str, Any]:
-    found: dict[str, Any] = http.get(f"/catalog/v1/policies/{policy}/revisions/latest").json()
-    return found
 
 
 def say(client: openai.OpenAI, model: str, **extra: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import tinker
 from tinker import types
 
 from tests.chaos.training import Job
+from tests.integration.trained import wait_until
 from tests.s3 import S3Server
 from tests.servers import (
     TestServer,
@@ -97,13 +97,6 @@ def digests(server: TestServer) -> list[str]:
     """Of the policy's revisions, the oldest first."""
     page = http(server, "GET", f"/catalog/v1/policies/{POLICY}/revisions").json()
     return [item["digest"] for item in sorted(page["items"], key=lambda item: item["number"])]
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_an_adapter_lives_in_the_bucket_and_answers_after_a_restart(
