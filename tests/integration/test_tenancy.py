@@ -101,6 +101,8 @@ def test_usage_is_what_was_trained_read_and_drawn(server, admin):
         params = types.SamplingParams(max_tokens=4, stop=[])
         sampler.sample(types.ModelInput.from_ints(TOKENS), 3, params).result()
         wait_for(lambda: sum(hour["sampled_tokens"] for hour in admin.usage("metered")) == 12)
+        # Workers say about every second how long they computed for whom.
+        wait_for(lambda: sum(hour["engine_seconds"] for hour in admin.usage("metered")) > 0.0)
         hours = admin.usage("metered")
         total = {name: sum(hour[name] for hour in hours) for name in hours[0] if name[-1] == "s"}
         assert total["trained_tokens"] == 3 * 10 + 5
