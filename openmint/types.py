@@ -148,10 +148,14 @@ class BaseInfo:
         """The modules that `spec` adapts."""
         return tuple(target for stack in self.stacks_of(spec) for target in stack.targets)
 
+    def adapter_params(self, spec: LoraSpec) -> int:
+        """Values of an adapter of the base."""
+        stacks = self.stacks_of(spec)
+        return spec.rank * sum(len(s.targets) * (s.num_in + s.num_out) for s in stacks)
+
     def adapter_bytes(self, spec: LoraSpec) -> int:
         """What an adapter of the base takes in host memory, in the precision of the base."""
-        num_values = sum(len(s.targets) * (s.num_in + s.num_out) for s in self.stacks_of(spec))
-        return spec.rank * num_values * self.weight_bytes // self.num_params
+        return self.adapter_params(spec) * self.weight_bytes // self.num_params
 
 
 @dataclass(frozen=True, slots=True)

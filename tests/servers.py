@@ -126,6 +126,22 @@ def running_server(
     assert not server.errors_in_log(), "\n".join(server.errors_in_log()[:5])
 
 
+@contextmanager
+def mortal_server(
+    root: Path, *, bases: Sequence[str], environ: dict[str, str] | None = None
+) -> Iterator[TestServer]:
+    """`running_server` whose processes a test kills, as deaths are errors in its log: nobody looks
+    there. It must be alive at the end."""
+    data = root / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    server = start_server(root, data, bases=bases, environ=environ)
+    try:
+        wait_until_ready(server)
+        yield server
+    finally:
+        stop_server(server)
+
+
 def start_server(
     root: Path,
     data: Path,

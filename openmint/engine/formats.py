@@ -100,7 +100,7 @@ def decode_training(data: FileBytes, base: BaseInfo) -> RunSnapshot:
         num_steps = int(metadata["num_optim_steps"])
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequest(f"a training state without a sound header: {error!r}") from None
-    num_params = sum(map(math.prod, expected_tensors(base, spec).values()))
+    num_params = base.adapter_params(spec)
     problems = [f"{name} is missing" for name in VECTORS if name not in header.tensors]
     problems += [
         f"{name} is {entry.dtype} {list(entry.shape)}, not F32 [{num_params}]"

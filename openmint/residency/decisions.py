@@ -13,6 +13,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Literal, cast
 
@@ -155,11 +156,13 @@ def _end_of(path: Path) -> bytes:
 
 def _drop_torn_line(path: Path) -> None:
     """What a crash left of a line would spoil the one that is written next."""
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:
         return
     with path.open("r+b") as file:
-        written = file.read()
-        file.truncate(written.rfind(b"\n") + 1)
+        # Mapped, so that of a long log only its end is read.
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as written:
+            whole_bytes = written.rfind(b"\n") + 1
+        file.truncate(whole_bytes)
 
 
 def _parse(line: str | bytes) -> Decision:

@@ -34,7 +34,7 @@ from tests.chaos.life import alias_of, delete, headers_of, patiently, promote
 from tests.chaos.stored import check_named, named_in
 from tests.chaos.training import Job, T
 from tests.s3 import S3Server
-from tests.servers import TestServer, start_server, stop_server, wait_until_ready
+from tests.servers import TestServer, mortal_server
 from tests.tiny import write_adapter
 
 pytestmark = [pytest.mark.chaos, pytest.mark.integration, pytest.mark.slow]
@@ -179,12 +179,8 @@ def server(
         "OPENMINT_SERVICE_SNAPSHOT_UPDATES": "6",
     }
     bases = [str(tiny_base("llama"))]
-    running = start_server(tmp_path, tmp_path / "data", bases=bases, environ=environ)
-    try:
-        wait_until_ready(running)
-        yield running
-    finally:
-        stop_server(running)
+    with mortal_server(tmp_path, bases=bases, environ=environ) as server:
+        yield server
 
 
 def wait_for_the_collector(server: TestServer) -> None:

@@ -20,10 +20,8 @@ from tests.integration.trained import (
 )
 from tests.servers import (
     TestServer,
+    mortal_server,
     running_server,
-    start_server,
-    stop_server,
-    wait_until_ready,
     workers_of,
 )
 
@@ -40,14 +38,9 @@ def server(
     root, bases = tmp_path_factory.mktemp("foretelling"), [str(tiny_base("llama"))]
     with running_server(root, bases=bases) as server:
         train(server, POLICIES)
-    # A worker's death is an error in the log of the service.
     environ = {"OPENMINT_WORKER_HOST_BYTES": str(int(2.5 * REVISION_BYTES))}
-    server = start_server(root, root / "data", bases=bases, environ=environ)
-    try:
-        wait_until_ready(server)
+    with mortal_server(root, bases=bases, environ=environ) as server:
         yield server
-    finally:
-        stop_server(server)
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,9 @@ from tests.integration.trained import (
 from tests.servers import (
     TestServer,
     gateway_of,
+    mortal_server,
     run_cli,
     run_cli_json,
-    start_server,
-    stop_server,
     wait_until_ready,
     workers_of,
 )
@@ -44,22 +43,16 @@ def server(
     tiny_base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TestServer]:
     """One with host memory for five revisions, of which two may be pinned. The first policy has
-    two, and `prod` names its first. Deaths are errors in its log."""
+    two, and `prod` names its first."""
     environ = {
         "OPENMINT_WORKER_HOST_BYTES": str(5 * REVISION_BYTES),
         "OPENMINT_SERVICE_TENANT_PIN_SHARE": "0.5",
     }
-    root = tmp_path_factory.mktemp("pins")
-    data, bases = root / "data", [str(tiny_base("llama"))]
-    data.mkdir()
-    server = start_server(root, data, bases=bases, environ=environ)
-    try:
-        wait_until_ready(server)
+    root, bases = tmp_path_factory.mktemp("pins"), [str(tiny_base("llama"))]
+    with mortal_server(root, bases=bases, environ=environ) as server:
         train(server, POLICIES[:1], num_revisions=2)
         train(server, POLICIES[1:])
         yield server
-    finally:
-        stop_server(server)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,8 @@ from tests.integration.trained import train
 from tests.servers import (
     READY_SECONDS,
     TestServer,
+    mortal_server,
     running_server,
-    start_server,
-    stop_server,
-    wait_until_ready,
     workers_of,
 )
 
@@ -35,18 +33,13 @@ def server(
     root, bases = tmp_path_factory.mktemp("replicas"), [str(tiny_base("llama"))]
     with running_server(root, bases=bases) as server:
         train(server, POLICIES)
-    # Again, with two workers whose memories are empty; their deaths are errors in its log.
-    environ = {"OPENMINT_REPLICAS": "2"}
-    server = start_server(root, root / "data", bases=bases, environ=environ)
-    try:
-        wait_until_ready(server)
+    # Again, with two workers whose memories are empty.
+    with mortal_server(root, bases=bases, environ={"OPENMINT_REPLICAS": "2"}) as server:
         deadline = time.monotonic() + READY_SECONDS
         while sum(worker["alive"] for worker in server.worker_stats()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         yield server
-    finally:
-        stop_server(server)
 
 
 async def ask(server: TestServer, models: list[str]) -> list[tuple[str, str]]:
