@@ -315,6 +315,12 @@ class Training:
             run.lane.refuse(seq)
             raise
 
+    def refuse(self, tenant: Tenant, run_id: str, seq: int) -> None:
+        """Count a request's seq_id as used, if the tenant has such a run in memory."""
+        run = self._runs.get(RunId(run_id))
+        if run is not None and run.tenant == tenant:
+            run.lane.refuse(seq)
+
     def is_known(self, run: LiveRun, seq: int | None) -> bool:
         """Whether a request with this seq_id was accepted and is remembered."""
         return self._futures.has(("seq_id", run.run_id, seq))
