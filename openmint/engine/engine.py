@@ -48,18 +48,16 @@ class Engine:
         self._slots: dict[Digest, AdapterWeights] = {}
         self._open: dict[int, OpenTrain] = {}
         shape = model.cache_shape
-        token_bytes = (
-            2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
-        )
+        token_bytes = shape.num_values * self.dtype.itemsize
         self.num_pages = max(1, config.kv_cache_bytes // (token_bytes * config.page_tokens))
         size = (shape.num_layers, self.num_pages, config.page_tokens)
-        heads = (shape.num_kv_heads, shape.head_dim)
         cache: KVCache | TiledCache
         self._is_tiled = model.is_tiled
         if model.is_tiled and config.page_tokens % BLOCK == 0:
-            cache = TiledCache(*size, *heads)
+            cache = TiledCache(*size, shape.num_kv_heads, shape.key_width)
         else:
-            cache = KVCache(*size, *heads, self.dtype, torch.device(base.device))
+            widths, device = (shape.key_width, shape.value_width), torch.device(base.device)
+            cache = KVCache(*size, shape.num_kv_heads, widths, self.dtype, device, shape.index)
         self._sampler = Sampler(self._replayed(model, config), cache, lanes)
 
     def _replayed(self, model: Model, config: WorkerConfig) -> Model:

@@ -137,7 +137,7 @@ class SampleLane:
             from openmint.layers.decode_attention import DecodeAttention
 
             pages, at_S = [chunk.pages for chunk in chunks], np.concatenate(positions)
-            return DecodeAttention.of(cache, pages, at_S, self._model.window)
+            return DecodeAttention.of(cache, pages, at_S)
         page_tokens = cache.page_tokens
         starts_S = np.cumsum([0, *(len(chunk.tokens_N) for chunk in chunks)])
         slot_T = np.concatenate(
@@ -162,7 +162,7 @@ class SampleLane:
         starts_S = np.array([chunk.start for chunk, _ in members])
         pages_SP = page_table([chunk for chunk, _ in members], page_tokens)
         at_SL = starts_S[:, None] + np.minimum(steps_L, lengths_S[:, None] - 1)
-        sight = Sight(at_SL, self._model.window, self._device)
+        sight = Sight(at_SL, self._device)
         return PagedGroup(self._to(query_SL), self._to(real_SL), pages_SP, sight)
 
     def _draw(

@@ -116,7 +116,7 @@ class TrainLane:
         tokens_T = np.concatenate([work.data[i].tokens_N for work, i in items])
         positions_T = np.concatenate([np.arange(length) for length in lengths])
         adapters = self._adapters(works, items, lengths)
-        batch = Batch(PackedAttention(lengths, self._device, self._model.window), adapters)
+        batch = Batch(PackedAttention(lengths, self._device), adapters)
         needs_grad = not all(work.forward_only for work in works)
         with torch.set_grad_enabled(needs_grad):
             hidden_TD = self._model.forward(self._to(tokens_T), self._to(positions_T), batch)

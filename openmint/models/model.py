@@ -27,7 +27,17 @@ class CacheShape:
 
     num_layers: int
     num_kv_heads: int
-    head_dim: int
+    key_width: int
+    value_width: int
+    """0 where values are a part of the keys."""
+    index: tuple[int, int] = (0, 0)
+    """Layers that have an indexer, and the width of its keys."""
+
+    @property
+    def num_values(self) -> int:
+        """Numbers that a token leaves in all layers."""
+        width = self.num_kv_heads * (self.key_width + self.value_width)
+        return self.num_layers * width + self.index[0] * self.index[1]
 
 
 class Model(Protocol):
@@ -36,8 +46,6 @@ class Model(Protocol):
     head: LoraLinear
     """Hidden states to logits; the trainer drives it in chunks, so that T x V never exists."""
     cache_shape: CacheShape
-    window: int | None
-    """Sliding-window length of attention, None when every token sees all earlier ones."""
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:
