@@ -6,6 +6,7 @@ Proved against `transformers` in tests/models/test_families.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from transformers import PretrainedConfig
 
@@ -24,6 +25,7 @@ from openmint.models.decoder import (
     head_dim_of,
     layers_of,
 )
+from openmint.models.model import RouteShape
 from openmint.models.weights import Module
 
 SOFTMAX = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM")
@@ -34,28 +36,33 @@ def softmax_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
     """Qwen3-MoE and OLMoE."""
     if getattr(config, "clip_qkv", None) is not None:
         raise InvalidRequest("clip_qkv is not supported; supported: a config without it")
+    dense = getattr(config, "mlp_only_layers", None) or ()
+    every = getattr(config, "decoder_sparse_step", 1)
+    layers = range(config.num_hidden_layers)
+    sparse = [index for index in layers if index not in dense and (index + 1) % every == 0]
 
     def feed_forward(module: Module, index: int) -> FeedForward:
-        dense = getattr(config, "mlp_only_layers", None) or ()
-        if index in dense or (index + 1) % getattr(config, "decoder_sparse_step", 1):
+        if index not in sparse:
             return gated(module)
         router = SoftmaxRouter(
             module["gate.weight"], config.num_experts_per_tok, config.norm_topk_prob
         )
-        return MixtureOfExperts(router, experts(module, config.num_experts))
+        routed = experts(module, config.num_experts)
+        return MixtureOfExperts(router, routed, None, sparse.index(index))
 
-    return _decoder(config, weights, feed_forward)
+    shape = RouteShape(len(sparse), config.num_experts, config.num_experts_per_tok)
+    return _decoder(config, weights, feed_forward, shape)
 
 
 def sigmoid_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
     """GLM-4.5."""
-    return _decoder(config, weights, lambda module, index: with_shared(config, module, index))
+    return _decoder(config, weights, partial(with_shared, config), with_shared_routes(config))
 
 
 def with_shared(config: PretrainedConfig, module: Module, index: int) -> FeedForward:
-    """The feed-forward layer of DeepSeek-V3 and its like: the first ones are dense, the others have
-    routed experts beside one that all tokens share."""
-    if index < config.first_k_dense_replace:
+    """The feed-forward layer of DeepSeek-V3 and its like: some, the first, are dense; the others
+    have routed experts beside one that all tokens share."""
+    if index not in (sparse := _sparse_layers(config)):
         return gated(module)
     router = SigmoidRouter(
         module["gate.weight"],
@@ -67,7 +74,21 @@ def with_shared(config: PretrainedConfig, module: Module, index: int) -> FeedFor
         config.routed_scaling_factor,
     )
     shared = gated(module.under("shared_experts")) if config.n_shared_experts else None
-    return MixtureOfExperts(router, experts(module, config.n_routed_experts), shared)
+    routed = experts(module, config.n_routed_experts)
+    return MixtureOfExperts(router, routed, shared, sparse.index(index))
+
+
+def with_shared_routes(config: PretrainedConfig) -> RouteShape:
+    """What tokens choose where feed-forward layers are those of `with_shared`."""
+    count = len(_sparse_layers(config))
+    return RouteShape(count, config.n_routed_experts, config.num_experts_per_tok)
+
+
+def _sparse_layers(config: PretrainedConfig) -> list[int]:
+    """Which of them have experts."""
+    if kinds := getattr(config, "mlp_layer_types", None):
+        return [index for index, kind in enumerate(kinds) if kind == "sparse"]
+    return list(range(config.first_k_dense_replace, config.num_hidden_layers))
 
 
 def experts(module: Module, count: int) -> list[GatedFeedForward]:
@@ -76,7 +97,10 @@ def experts(module: Module, count: int) -> list[GatedFeedForward]:
 
 
 def _decoder(
-    config: PretrainedConfig, weights: Module, feed_forward: Callable[[Module, int], FeedForward]
+    config: PretrainedConfig,
+    weights: Module,
+    feed_forward: Callable[[Module, int], FeedForward],
+    routes: RouteShape,
 ) -> Decoder:
     check_activation(config)
     window = getattr(config, "sliding_window", None)
@@ -92,4 +116,4 @@ def _decoder(
     ]
     width = int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
     rotary = Rotary(config, width, str(blocks[0].input_norm_D.device))
-    return Decoder(config, weights, blocks, rotary, grouped_query_cache(config))
+    return Decoder(config, weights, blocks, rotary, grouped_query_cache(config), routes)
