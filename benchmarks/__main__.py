@@ -21,6 +21,7 @@ from openmint.models.embedded import embedded_base
 QUESTIONS = (
     "training",
     "decode",
+    "mixtures",
     "adapters",
     "handoff",
     "durability",

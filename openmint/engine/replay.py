@@ -60,7 +60,10 @@ class Replay:
         experts_TLK = np.concatenate([experts for experts, _ in records])
         self._keys_TIC = torch.from_numpy(np.concatenate([keys for _, keys in records])).to(device)
         self._experts_TLK = torch.from_numpy(experts_TLK).to(device)
-        self._is_recorded_T = self._experts_TLK[:, 0, 0] != NONE
+        known = [_num_recorded(datum) for datum in data]
+        self._is_recorded_T = torch.cat(
+            [torch.arange(len(d.tokens_N)) < count for d, count in zip(data, known, strict=True)]
+        ).to(device)
         self._own_differs_T = torch.zeros(len(experts_TLK), dtype=torch.int64, device=device)
         self._out_T = torch.zeros_like(self._own_differs_T)
         lengths = [len(datum.tokens_N) for datum in data]
@@ -106,6 +109,10 @@ class Replay:
         )
 
 
+def _num_recorded(datum: Datum) -> int:
+    return 0 if datum.routes is None else datum.routes.num_tokens
+
+
 def _of_datum(datum: Datum, shape: RouteShape) -> tuple[AnyArray, AnyArray]:
     """Experts `[N, L, K]` and keys `[N, I, C]` of each token, NONE where nothing is recorded."""
     num_tokens = len(datum.tokens_N)
@@ -113,7 +120,7 @@ def _of_datum(datum: Datum, shape: RouteShape) -> tuple[AnyArray, AnyArray]:
     keys_NIC = np.full((num_tokens, shape.num_indexers, shape.num_keys), NONE)
     if datum.routes is None:
         return experts_NLK, keys_NIC
-    record, count = RouteRecord.decode(datum.routes.record, shape), datum.routes.num_tokens
+    record, count = RouteRecord.decode(datum.routes.record, shape), _num_recorded(datum)
     experts_NLK[:count] = record.experts_NLK[:count]
     keys_NIC[:count] = record.keys_NIC[:count]
     return experts_NLK, keys_NIC

@@ -48,9 +48,9 @@ class Recorder:
         return own_TC
 
     @property
-    def taken_experts(self) -> AnyArray:
-        """`[T, L, K]`."""
-        return torch.stack(self._experts, dim=1).cpu().numpy()
+    def taken_experts(self) -> AnyArray | None:
+        """`[T, L, K]`; None where no layer has experts."""
+        return torch.stack(self._experts, dim=1).cpu().numpy() if self._experts else None
 
     @property
     def taken_keys(self) -> AnyArray | None:
@@ -71,7 +71,8 @@ class RouteCache:
 
     def write(self, place_T: IntArray, recorder: Recorder) -> None:
         """Lanes may write at once, each its own places."""
-        self._experts_SLK[place_T] = recorder.taken_experts
+        if (experts_TLK := recorder.taken_experts) is not None:
+            self._experts_SLK[place_T] = experts_TLK
         if self._shape.num_indexers:
             keys_TIC = recorder.taken_keys
             self._keys_SIC[place_T] = 0 if keys_TIC is None else keys_TIC + 1
