@@ -22,6 +22,7 @@ QUESTIONS = (
     "training",
     "decode",
     "mixtures",
+    "replay",
     "adapters",
     "handoff",
     "durability",
