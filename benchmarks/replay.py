@@ -52,18 +52,18 @@ WHEN = ("same weights", "one update later")
 SPEC, RUN = LoraSpec(8, train_unembed=False), RunId("replay")
 TITLE = "Replay: the distance of training from sampling"
 MEASURED = (
-    f"{SEQUENCES} sequences of {TOKENS_IN} random tokens and {TOKENS_OUT} drawn ones at temperature "
-    "1, bf16, by an adapter of rank 8 after two updates; then a forward pass of the trainer over the "
-    "same sequences, by the routes that were recorded and by its own: with the weights that drew "
-    f"them, and after one more update at a rate of {LEARNING_RATE}. The gap is the mean of "
-    "|log-probability of the trainer - of the sampler| over drawn tokens; out of route is the share "
-    "of experts that are not in the record. The base with an indexer chooses "
+    f"{SEQUENCES} sequences of {TOKENS_IN} random tokens and {TOKENS_OUT} drawn ones at "
+    "temperature 1, bf16, by an adapter of rank 8 after two updates; then a forward pass of the "
+    "trainer over the same sequences, by the routes that were recorded and by its own: with the "
+    f"weights that drew them, and after one more update at a rate of {LEARNING_RATE}. The gap is "
+    "the mean of |log-probability of the trainer - of the sampler| over drawn tokens; out of route "
+    "is the share of experts that are not in the record. The base with an indexer chooses "
     f"{NUM_KEYS} keys a query. Bytes are those of the records as they are kept."
 )
 LIMITS = (
     "After an update part of the gap is what the update was for; replay leaves that part.",
-    "Random routers decide by small differences, so more routes flip than in a trained base; of "
-    "neighbouring tokens a random indexer keeps fewer keys, so its records are larger.",
+    "Random routers decide by small differences: more routes flip than in a trained base.",
+    "Random indexers keep few keys from one token to the next: their records are larger.",
 )
 
 
