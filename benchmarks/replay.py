@@ -1,7 +1,7 @@
 """How far is training from what sampled, with recorded routes and with its own?
 
-`python -m benchmarks replay`. Random bases of a middling size, whose routers are undecided more often
-than trained ones.
+`python -m benchmarks replay`. Random bases of a middling size; their routers are undecided more
+often than trained ones.
 """
 
 from __future__ import annotations
