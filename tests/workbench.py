@@ -66,6 +66,59 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
     "mistral": ("MistralConfig", {"sliding_window": 6}),
 }
+"""Dense ones; of these and `MIXTURES`, names of config classes and what else they need."""
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+ROUTED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+INDEXED = {"index_topk": 8, "index_n_heads": 16, "index_head_dim": 16}
+"""Fewer index heads have scores of exactly zero, and ties break by the length of a batch."""
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "glm4-moe": ("Glm4MoeConfig", {**ROUTED, "head_dim": 8, "use_qk_norm": True}),
+    "deepseek-v3": ("DeepseekV3Config", {**LATENT, **ROUTED}),
+    "glm4-moe-lite": ("Glm4MoeLiteConfig", {**LATENT, **ROUTED}),
+    "deepseek-v3.2": ("DeepseekV32Config", {**LATENT, **ROUTED, **INDEXED}),
+    "glm-5": (
+        "GlmMoeDsaConfig",
+        {**LATENT, **ROUTED, **INDEXED, "indexer_types": ["full", "shared", "full"]},
+    ),
+}
+ALL_FAMILIES = {**FAMILIES, **MIXTURES}
 MODULES = {
     "attn": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
@@ -76,26 +129,30 @@ MODULES = {
 
 def random_model(family: str, directory: Path) -> Path:
     """A saved random model whose every parameter, norms and biases included, matters."""
-    name, extra = FAMILIES[family]
-    config = getattr(transformers, name)(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+    name, extra = ALL_FAMILIES[family]
+    given = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         **extra,
-    )
+    }
+    config = getattr(transformers, name)(**given)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = transformers.AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             spread = 0.15 if parameter.ndim > 1 else 0.3
             parameter.data.add_(spread * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     model.save_pretrained(directory)
     return directory
 

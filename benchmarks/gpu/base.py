@@ -13,6 +13,7 @@ from benchmarks.gpu.scale import Scale
 from openmint.layers.linear import TorchLinear
 from openmint.models.dense import DenseModel
 from openmint.models.loader import DTYPES
+from openmint.models.weights import Module
 
 SPREAD = 0.02
 
@@ -59,7 +60,7 @@ class RandomWeights:
 def make_model(scale: Scale, seed: int = 0) -> tuple[DenseModel, Qwen3Config]:
     config = Qwen3Config(**scale.shape)
     weights: Any = RandomWeights(config, DTYPES[scale.dtype], scale.device, seed)
-    return DenseModel(config, weights), config
+    return DenseModel(config, Module(weights, "", serves_int8=False)), config
 
 
 def named_tensors(model: DenseModel) -> dict[str, Tensor]:
@@ -73,12 +74,12 @@ def named_tensors(model: DenseModel) -> dict[str, Tensor]:
         weight_OI = linear.weight_OI
         for part in linear.parts:
             tensors[f"{part.path}.weight"] = weight_OI[part.start : part.stop]
-    for layer in model.layers:
-        prefix = f"model.layers.{layer.index}"
+    for index, layer in enumerate(model.layers):
+        prefix = f"model.layers.{index}"
         tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm_D
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm_D
-        tensors[f"{prefix}.self_attn.q_norm.weight"] = layer.q_norm_D
-        tensors[f"{prefix}.self_attn.k_norm.weight"] = layer.k_norm_D
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.feed_forward_norm_D
+        tensors[f"{prefix}.self_attn.q_norm.weight"] = layer.attention.q_norm_D
+        tensors[f"{prefix}.self_attn.k_norm.weight"] = layer.attention.k_norm_D
     return tensors
 
 

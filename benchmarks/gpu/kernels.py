@@ -26,7 +26,7 @@ from openmint.kernels.choice import use_triton
 from openmint.layers.adapters import AdapterBatch, AdapterStack, GradientSink
 from openmint.layers.linear import LoraLinear
 from openmint.layers.norm import rms_norm
-from openmint.layers.rotary import rotate
+from openmint.layers.rotary import Angles, rotate
 from openmint.layers.swiglu import silu_gate
 from openmint.models.loader import DTYPES, describe
 from openmint.types import LoraSpec
@@ -121,7 +121,8 @@ def small_works(scale: Scale) -> dict[str, Callable[[], list[Tensor]]]:
     heads_TW = random_rows(scale, num_heads * head_dim)
     weight_D = torch.ones(hidden, dtype=dtype, device=scale.device)
     angle_TD = random_rows(scale, head_dim // 2).repeat(1, 2)
-    turn = partial(rotate, heads_TW, angle_TD.cos(), angle_TD.sin(), num_q)
+    angles = Angles(angle_TD.cos(), angle_TD.sin())
+    turn = partial(rotate, heads_TW, angles, num_q, angle_TD.shape[1])
     return {
         "norm": lambda: [rms_norm(x_TD, weight_D, 1e-6)],
         "activation": lambda: [silu_gate(gate_up_TW)],

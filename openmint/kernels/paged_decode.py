@@ -48,6 +48,7 @@ def attend(
     pages_SP: Tensor,
     length_S: Tensor,
     window: int,
+    scale: float,
 ) -> Tensor:
     """Attention output `[S, H, D]` of each sequence's newest token, which sees the last `window` of
     its `length` keys, its own among them."""
@@ -65,7 +66,7 @@ def attend(
         length_S,
         out_SHD,
         window,
-        head_dim**-0.5,
+        scale,
         PAGE=page_tokens,
         SHARED=shared,
         HEADS=max(LEAST, triton.next_power_of_2(shared)),

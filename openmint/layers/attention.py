@@ -1,13 +1,14 @@
 """Causal attention over packed tokens: without a cache for training, over pages for sampling.
 
 Shapes: T packed tokens, S sequences, L padded length, H query heads, G key/value heads,
-D head size, P pages of a sequence. Models only see `attend`; an MLA or DSA family brings its own.
+D size of a head's keys, E of its values, P pages of a sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,8 @@ from openmint.kernels import paged
 from openmint.kernels.attend import BLOCK, block_shapes
 from openmint.kernels.softmax import softmax_, softmax_backward_
 from openmint.kernels.team import Together
+from openmint.layers.routes import Routes
+from openmint.layers.sparse import NONE, ChosenPacked, IndexQueries, attend_chosen, choose
 from openmint.types import IntArray
 
 MAX_PADDING = 1.25
@@ -30,11 +33,34 @@ even at 256."""
 NO_WINDOW = 1 << 40
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """What the attention of one layer is beside its tensors."""
+
+    layer: int
+    """Its place in the cache."""
+    scale: float
+    """Of the scores."""
+    window: int = NO_WINDOW
+    """How many tokens a query sees, itself the last."""
+    sinks_H: Tensor | None = None
+    """A score of each head that takes its share and gives nothing (arXiv:2309.17453)."""
+    values_within: int | None = None
+    """Values are the first so many columns of the keys, and aren't cached. None: they have their
+    own place."""
+    is_sparse: bool = False
+    """Queries see only what the latest `choose` of the batch left them."""
+
+
 class Attention(Protocol):
     """How the tokens of one batch see each other and the cache."""
 
-    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        """Attention output `[T, H * D]` of one layer; may write k and v to a cache."""
+    def attend(self, heads: Heads, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor) -> Tensor:
+        """Attention output `[T, H * E]` of one layer; may write k and v to a cache."""
+        ...
+
+    def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
+        """Settle which keys each query sees in this layer and those that share its choice."""
         ...
 
 
@@ -56,21 +82,21 @@ def length_buckets(lengths: Sequence[int]) -> list[list[int]]:
 class Sight:
     """Which keys each query of a rectangle of sequences sees: none after it, none too far back."""
 
-    def __init__(self, at_SL: IntArray, window: int | None, device: torch.device) -> None:
+    def __init__(self, at_SL: IntArray, device: torch.device) -> None:
         """`at_SL` is each query's position among its sequence's keys."""
         self.at_SL = np.ascontiguousarray(at_SL)
-        self.window = NO_WINDOW if window is None else window
         self._device = device
-        self._mask_S1QK: Tensor | None = None
+        self._masks: dict[int, Tensor] = {}
 
-    def mask(self, num_keys: int, shared: int, dtype: torch.dtype) -> Tensor:
-        """What is added to scores, 0 or -inf, `[S, 1, shared * L, K]`; made once for all layers."""
-        if self._mask_S1QK is None:
+    def mask(self, num_keys: int, shared: int, dtype: torch.dtype, window: int) -> Tensor:
+        """What is added to scores, 0 or -inf, `[S, 1, shared * L, K]`; made once for all layers
+        with this window."""
+        if window not in self._masks:
             distance_SLK = self.at_SL[:, :, None] - np.arange(num_keys)
-            sees_SLK = torch.from_numpy((distance_SLK >= 0) & (distance_SLK < self.window))
+            sees_SLK = torch.from_numpy((distance_SLK >= 0) & (distance_SLK < window))
             mask_SLK = torch.zeros(sees_SLK.shape, dtype=dtype).masked_fill_(~sees_SLK, -torch.inf)
-            self._mask_S1QK = mask_SLK[:, None].repeat(1, 1, shared, 1).to(self._device)
-        return self._mask_S1QK
+            self._masks[window] = mask_SLK[:, None].repeat(1, 1, shared, 1).to(self._device)
+        return self._masks[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +115,7 @@ class PackedAttention:
     the last token, so no real query sees a padded key.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device, window: int | None) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         starts = self.starts_S = np.cumsum([0, *lengths])
         inverse_T = np.empty(starts[-1], np.int64)
         self.buckets: list[Bucket] = []
@@ -103,9 +129,11 @@ class PackedAttention:
             flat_SL = offset + np.arange(index_SL.size).reshape(index_SL.shape)
             inverse_T[index_SL[is_real_SL]] = flat_SL[is_real_SL]
             padding = None if is_real_SL.all() else torch.from_numpy(~is_real_SL).to(device)
-            sight = Sight(at_SL, window, device)
+            sight = Sight(at_SL, device)
             self.buckets.append(Bucket(torch.from_numpy(index_SL).to(device), padding, sight))
             offset += index_SL.size
+        self._starts_T = torch.from_numpy(np.repeat(starts[:-1], np.diff(starts))).to(device)
+        self._chosen_TC: Tensor | None = None
         self._inverse_T = torch.from_numpy(inverse_T).to(device)
         self._is_whole = offset == len(inverse_T) and bool((inverse_T == np.arange(offset)).all())
 
@@ -120,29 +148,60 @@ class PackedAttention:
         rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         return rows if self._is_whole else rows[self._inverse_T]
 
-    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        longest = max(bucket.index_SL.shape[1] for bucket in self.buckets)
-        if is_plain(q_THD, longest):
-            out: Tensor = _PlainPacked.apply(q_THD, k_TGD, v_TGD, self)
+    def attend(self, heads: Heads, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor) -> Tensor:
+        if heads.is_sparse and self._chosen_TC is not None:
+            none_TC = self._chosen_TC == NONE
+            row_TC = (self._chosen_TC + self._starts_T[:, None]).masked_fill_(none_TC, NONE)
+            sparse: Tensor = ChosenPacked.apply(q_THD, k_TGD, v_TGE, row_TC, heads.scale)
+            return sparse.flatten(1)
+        if is_plain(q_THD, self._longest) and heads.sinks_H is None:
+            out: Tensor = _PlainPacked.apply(q_THD, k_TGD, v_TGE, self, heads)
             return out
         outputs = []
         for bucket in self.buckets:
-            q_SLHD, k_SLGD, v_SLGD = (self.take(x, bucket) for x in (q_THD, k_TGD, v_TGD))
-            k_SGLD, v_SGLD = k_SLGD.transpose(1, 2), v_SLGD.transpose(1, 2)
-            if q_THD.device.type == "cuda" and bucket.sight.window == NO_WINDOW:
-                outputs.append(causal(q_SLHD, k_SGLD, v_SGLD).flatten(0, 1))
+            q_SLHD, k_SLGD, v_SLGE = (self.take(x, bucket) for x in (q_THD, k_TGD, v_TGE))
+            k_SGLD, v_SGLE = k_SLGD.transpose(1, 2), v_SLGE.transpose(1, 2)
+            is_causal = q_THD.device.type == "cuda" and heads.window == NO_WINDOW
+            if is_causal and heads.sinks_H is None:
+                outputs.append(causal(q_SLHD, k_SGLD, v_SGLE, heads.scale).flatten(0, 1))
                 continue
-            outputs.append(attend(q_SLHD, k_SGLD, v_SGLD, bucket.sight).flatten(0, 1))
+            outputs.append(attend(heads, q_SLHD, k_SGLD, v_SGLE, bucket.sight).flatten(0, 1))
         return self.join(outputs).flatten(1)
 
+    def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
+        own_TC = None  # all keys, where there are no more than may be chosen
+        if self._longest > queries.num_chosen:
+            own_TC = self._choose(queries)
+        self._chosen_TC = own_TC if routes is None else routes.keys(queries.layer, own_TC)
 
-def causal(q_SLHD: Tensor, k_SGLD: Tensor, v_SGLD: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _choose(self, queries: IndexQueries) -> Tensor:
+        given, parts = (queries.q_TID, queries.k_TD, queries.weight_TI), []
+        for bucket in self.buckets:
+            q_SLID, k_SKD, weight_SLI = (self.take(x, bucket) for x in given)
+            at_SL = torch.from_numpy(bucket.sight.at_SL).to(q_SLID.device)
+            chosen_SLC = choose(q_SLID, k_SKD, weight_SLI, at_SL, queries.num_chosen)
+            room = queries.num_chosen - chosen_SLC.shape[2]
+            parts.append(F.pad(chosen_SLC, (0, room), value=NONE).flatten(0, 1))
+        return self.join(parts)
+
+    @property
+    def _longest(self) -> int:
+        return max(bucket.index_SL.shape[1] for bucket in self.buckets)
+
+
+def causal(q_SLHD: Tensor, k_SGLD: Tensor, v_SGLE: Tensor, scale: float) -> Tensor:
     """`attend` of whole sequences without a window: no mask is read, and half of it is skipped.
 
     Rows of padding stand at the end and are cut off, so what they see doesn't matter."""
     q_SHLD = q_SLHD.transpose(1, 2)
     out_SHLD = F.scaled_dot_product_attention(
-        q_SHLD, k_SGLD, v_SGLD, is_causal=True, enable_gqa=q_SHLD.shape[1] != k_SGLD.shape[1]
+        q_SHLD,
+        k_SGLD,
+        v_SGLE,
+        is_causal=True,
+        scale=scale,
+        enable_gqa=q_SHLD.shape[1] != k_SGLD.shape[1],
     )
     return out_SHLD.transpose(1, 2)
 
@@ -152,24 +211,43 @@ def is_plain(q: Tensor, num_keys: int) -> bool:
     return q.device.type == "cpu" and num_keys <= PLAIN_TOKENS
 
 
-def attend(q_SLHD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, sight: Sight) -> Tensor:
-    """Attention output `[S, L, H, D]`. Training and sampling share `_plain`, so they agree."""
+def attend(heads: Heads, q_SLHD: Tensor, k_SGKD: Tensor, v_SGKE: Tensor, sight: Sight) -> Tensor:
+    """Attention output `[S, L, H, E]`. Training and sampling share `_plain`, so they agree."""
     q_SGQD = _grouped(q_SLHD, k_SGKD.shape[1])
-    if is_plain(q_SLHD, k_SGKD.shape[2]):
-        out_SGQD, _ = _plain(q_SGQD, k_SGKD, v_SGKD, sight)
+    shared = q_SGQD.shape[2] // q_SLHD.shape[1]
+    if heads.sinks_H is not None:
+        mask_S1QK = sight.mask(k_SGKD.shape[2], shared, q_SLHD.dtype, heads.window)
+        out_SGQE = _with_sinks(heads.sinks_H, q_SGQD * heads.scale, k_SGKD, v_SGKE, mask_S1QK)
+    elif is_plain(q_SLHD, k_SGKD.shape[2]):
+        out_SGQE, _ = _plain(heads, q_SGQD, k_SGKD, v_SGKE, sight)
     else:
-        shared = q_SGQD.shape[2] // q_SLHD.shape[1]
-        mask_S1QK = sight.mask(k_SGKD.shape[2], shared, q_SLHD.dtype)
-        out_SGQD = F.scaled_dot_product_attention(q_SGQD, k_SGKD, v_SGKD, mask_S1QK)
-    return _ungrouped(out_SGQD, q_SLHD.shape)
+        mask_S1QK = sight.mask(k_SGKD.shape[2], shared, q_SLHD.dtype, heads.window)
+        out_SGQE = F.scaled_dot_product_attention(
+            q_SGQD, k_SGKD, v_SGKE, mask_S1QK, scale=heads.scale
+        )
+    return _ungrouped(out_SGQE, q_SLHD.shape)
 
 
-def _plain(q_SGQD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+def _plain(
+    heads: Heads, q_SGQD: Tensor, k_SGKD: Tensor, v_SGKE: Tensor, sight: Sight
+) -> tuple[Tensor, Tensor]:
     """The output and the probabilities."""
     scores_SGQK = q_SGQD @ k_SGKD.transpose(2, 3)
-    scale = q_SGQD.shape[3] ** -0.5
-    probs_SGQK = softmax_(scores_SGQK, sight.at_SL, sight.window, scale)
-    return probs_SGQK @ v_SGKD, probs_SGQK
+    probs_SGQK = softmax_(scores_SGQK, sight.at_SL, heads.window, heads.scale)
+    return probs_SGQK @ v_SGKE, probs_SGQK
+
+
+def _with_sinks(
+    sinks_H: Tensor, q_SGQD: Tensor, k_SGKD: Tensor, v_SGKE: Tensor, mask_S1QK: Tensor
+) -> Tensor:
+    """The output, of scaled queries."""
+    num_seqs, num_groups, num_rows, _ = q_SGQD.shape
+    scores_SGQK = (q_SGQD @ k_SGKD.transpose(2, 3) + mask_S1QK).float()
+    length = num_rows * num_groups // len(sinks_H)
+    sinks_GQ1 = sinks_H.float().view(num_groups, -1, 1).repeat_interleave(length, dim=1)
+    sinks_SGQ1 = sinks_GQ1.expand(num_seqs, -1, -1, -1)
+    probs_SGQK = torch.cat((scores_SGQK, sinks_SGQ1), dim=-1).softmax(-1)[..., :-1]
+    return probs_SGQK.to(v_SGKE.dtype) @ v_SGKE
 
 
 def _grouped(x_SLHD: Tensor, num_groups: int) -> Tensor:
@@ -180,10 +258,11 @@ def _grouped(x_SLHD: Tensor, num_groups: int) -> Tensor:
 
 
 def _ungrouped(x_SGQD: Tensor, shape: torch.Size) -> Tensor:
-    num_seqs, length, num_heads, width = shape
-    num_groups = x_SGQD.shape[1]
+    """The inverse of `_grouped` for queries of this shape; values may be wider or narrower."""
+    num_seqs, length, num_heads, _ = shape
+    num_groups, width = x_SGQD.shape[1], x_SGQD.shape[3]
     split = x_SGQD.reshape(num_seqs, num_groups, num_heads // num_groups, length, width)
-    return split.permute(0, 3, 1, 2, 4).reshape(shape)
+    return split.permute(0, 3, 1, 2, 4).reshape(num_seqs, length, num_heads, width)
 
 
 class _PlainPacked(torch.autograd.Function):
@@ -191,41 +270,46 @@ class _PlainPacked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedAttention
+        ctx: Any,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGE: Tensor,
+        packed: PackedAttention,
+        heads: Heads,
     ) -> Tensor:
         outputs, kept = [], []
         for bucket in packed.buckets:
-            q_SLHD, k_SLGD, v_SLGD = (packed.take(x, bucket) for x in (q_THD, k_TGD, v_TGD))
-            k_SGLD, v_SGLD = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGD))
+            q_SLHD, k_SLGD, v_SLGE = (packed.take(x, bucket) for x in (q_THD, k_TGD, v_TGE))
+            k_SGLD, v_SGLE = (x.transpose(1, 2).contiguous() for x in (k_SLGD, v_SLGE))
             q_SGQD = _grouped(q_SLHD, k_SGLD.shape[1])
-            out_SGQD, probs_SGQK = _plain(q_SGQD, k_SGLD, v_SGLD, bucket.sight)
-            outputs.append(_ungrouped(out_SGQD, q_SLHD.shape).flatten(0, 1))
-            kept += [q_SGQD, k_SGLD, v_SGLD, probs_SGQK]
+            out_SGQE, probs_SGQK = _plain(heads, q_SGQD, k_SGLD, v_SGLE, bucket.sight)
+            outputs.append(_ungrouped(out_SGQE, q_SLHD.shape).flatten(0, 1))
+            kept += [q_SGQD, k_SGLD, v_SGLE, probs_SGQK]
         ctx.save_for_backward(*kept)
-        ctx.packed, ctx.heads_shape = packed, q_THD.shape
+        ctx.call, ctx.num_heads = (packed, heads), q_THD.shape[1]
         return packed.join(outputs).flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        packed: PackedAttention = ctx.packed
-        grad_THD = grads[0].view(ctx.heads_shape)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        packed, heads = ctx.call
+        grad_THE = grads[0].unflatten(1, (ctx.num_heads, -1))
         parts = []
         for i, bucket in enumerate(packed.buckets):
-            q_SGQD, k_SGLD, v_SGLD, probs_SGQK = ctx.saved_tensors[4 * i : 4 * i + 4]
-            grad_SLHD = packed.take(grad_THD, bucket)
+            q_SGQD, k_SGLD, v_SGLE, probs_SGQK = ctx.saved_tensors[4 * i : 4 * i + 4]
+            grad_SLHE = packed.take(grad_THE, bucket)
             if bucket.is_padding_SL is not None:
-                grad_SLHD[bucket.is_padding_SL] = 0.0
-            grad_SGQD = _grouped(grad_SLHD, k_SGLD.shape[1])
-            grad_v_SGLD = probs_SGQK.transpose(2, 3) @ grad_SGQD
-            grad_SGQK = grad_SGQD @ v_SGLD.transpose(2, 3)
-            sight, scale = bucket.sight, q_SGQD.shape[3] ** -0.5
-            softmax_backward_(grad_SGQK, probs_SGQK, sight.at_SL, sight.window, scale)
-            grad_q = _ungrouped(grad_SGQK @ k_SGLD, grad_SLHD.shape)
+                grad_SLHE[bucket.is_padding_SL] = 0.0
+            grad_SGQE = _grouped(grad_SLHE, k_SGLD.shape[1])
+            grad_v_SGLE = probs_SGQK.transpose(2, 3) @ grad_SGQE
+            grad_SGQK = grad_SGQE @ v_SGLE.transpose(2, 3)
+            at_SL = bucket.sight.at_SL
+            softmax_backward_(grad_SGQK, probs_SGQK, at_SL, heads.window, heads.scale)
+            grad_q = _ungrouped(grad_SGQK @ k_SGLD, grad_SLHE.shape)
             grad_k_SGLD = grad_SGQK.transpose(2, 3) @ q_SGQD
-            grad_k, grad_v = grad_k_SGLD.transpose(1, 2), grad_v_SGLD.transpose(1, 2)
+            grad_k, grad_v = grad_k_SGLD.transpose(1, 2), grad_v_SGLE.transpose(1, 2)
             parts.append([grad.flatten(0, 1) for grad in (grad_q, grad_k, grad_v)])
         grad_q, grad_k, grad_v = (packed.join(grads) for grads in zip(*parts, strict=True))
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, None
 
 
 class KVCache:
@@ -237,22 +321,26 @@ class KVCache:
         num_pages: int,
         page_tokens: int,
         num_kv_heads: int,
-        head_dim: int,
+        widths: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
+        index: tuple[int, int] = (0, 0),
     ) -> None:
-        shape = (num_layers, num_pages, page_tokens, num_kv_heads, head_dim)
+        """`widths` of a head's keys and of its values; 0 where values lie within the keys. `index`
+        is how many layers have an indexer, and the width of its keys."""
+        shape = (num_layers, num_pages, page_tokens, num_kv_heads)
         self.page_tokens = page_tokens
-        self.keys = _zeros(shape, dtype, device)
-        self.values = _zeros(shape, dtype, device)
+        self.keys = _zeros((*shape, widths[0]), dtype, device)
+        self.values = _zeros((*shape, widths[1]), dtype, device)
+        self.index_keys = _zeros((index[0], num_pages, page_tokens, 1, index[1]), dtype, device)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; on CPUs pages of memory that are taken only when first written to."""
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype)
+    raw = np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 class TiledCache:
@@ -311,29 +399,81 @@ class PagedAttention:
         self._groups = groups
         self._is_whole = len(groups) == 1 and groups[0].holds_in_order(len(slot_T))
         self._rooms: dict[tuple[int, int], Tensor] = {}
+        self._chosen: list[Tensor] | None = None
+        """By each group's queries, `[S, L, C]`; None: all keys."""
 
-    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+    def attend(self, heads: Heads, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor) -> Tensor:
+        keys, values = self._cache.keys[heads.layer], self._cache.values[heads.layer]
         paged.write(k_TGD, self._slot_T, keys)
-        paged.write(v_TGD, self._slot_T, values)
+        if heads.values_within is None:
+            paged.write(v_TGE, self._slot_T, values)
         if self._is_whole:  # every step that only decodes
-            (group,) = self._groups
-            q_SLHD = q_THD.unflatten(0, group.query_SL.shape)
-            return self._attend_group(q_SLHD, keys, values, group).reshape(len(q_THD), -1)
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+            q_SLHD = q_THD.unflatten(0, self._groups[0].query_SL.shape)
+            return self._attend_group(heads, q_SLHD, keys, values, 0).reshape(len(q_THD), -1)
+        out_THE = q_THD.new_empty(*q_THD.shape[:2], v_TGE.shape[2])
+        for i, group in enumerate(self._groups):
+            q_SLHD = q_THD[group.query_SL]
+            out_SLHE = self._attend_group(heads, q_SLHD, keys, values, i)
+            out_THE[group.query_SL[group.real_SL]] = out_SLHE[group.real_SL]
+        return out_THE.flatten(1)
+
+    def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
+        keys = self._cache.index_keys[queries.layer]
+        paged.write(queries.k_TD[:, None], self._slot_T, keys)
+        longest = max(int(group.sight.at_SL.max()) for group in self._groups) + 1
+        self._chosen = self._choose(queries, keys) if longest > queries.num_chosen else None
+        if routes is None:
+            return
+        chosen_TC = None
+        if self._chosen is not None:
+            chosen_TC = queries.k_TD.new_full(
+                (len(self._slot_T), queries.num_chosen), NONE, dtype=torch.int64
+            )
+            for group, chosen_SLC in zip(self._groups, self._chosen, strict=True):
+                width = chosen_SLC.shape[2]
+                chosen_TC[group.query_SL[group.real_SL], :width] = chosen_SLC[group.real_SL]
+        routes.keys(queries.layer, chosen_TC)
+
+    def _choose(self, queries: IndexQueries, keys: Tensor) -> list[Tensor]:
+        """By each group's queries, `[S, L, C]`."""
+        parts = []
         for group in self._groups:
-            out_SLHD = self._attend_group(q_THD[group.query_SL], keys, values, group)
-            out_THD[group.query_SL[group.real_SL]] = out_SLHD[group.real_SL]
-        return out_THD.flatten(1)
+            q_SLID, weight_SLI = (x[group.query_SL] for x in (queries.q_TID, queries.weight_TI))
+            k_SKD = paged.gather(keys, group.pages_SP)[:, 0]
+            at_SL = torch.from_numpy(group.sight.at_SL).to(q_SLID.device)
+            parts.append(choose(q_SLID, k_SKD, weight_SLI, at_SL, queries.num_chosen))
+        return parts
 
     def _attend_group(
-        self, q_SLHD: Tensor, keys: Tensor, values: Tensor, group: PagedGroup
+        self, heads: Heads, q_SLHD: Tensor, keys: Tensor, values: Tensor, index: int
     ) -> Tensor:
-        gathered = []
-        for which, cached in enumerate((keys, values)):
-            # One room for all layers: a fresh one each time is fresh memory each time.
-            place = (id(group), which)
-            room_SGKD = paged.gather(cached, group.pages_SP, self._rooms.get(place))
-            self._rooms[place] = room_SGKD
-            gathered.append(room_SGKD)
-        return attend(q_SLHD, gathered[0], gathered[1], group.sight)
+        group = self._groups[index]
+        if heads.is_sparse and self._chosen is not None:
+            return self._attend_chosen(heads, q_SLHD, keys, group, self._chosen[index])
+        k_SGKD = self._gathered(keys, group, 0)
+        if heads.values_within is None:
+            v_SGKE = self._gathered(values, group, 1)
+        else:
+            v_SGKE = k_SGKD[..., : heads.values_within]
+        return attend(heads, q_SLHD, k_SGKD, v_SGKE, group.sight)
+
+    def _attend_chosen(
+        self, heads: Heads, q_SLHD: Tensor, keys: Tensor, group: PagedGroup, chosen_SLC: Tensor
+    ) -> Tensor:
+        """Over latents, which all heads share, from the pages."""
+        size, shape = self._cache.page_tokens, q_SLHD.shape
+        position_SLC = chosen_SLC.clamp(min=0)
+        pages_SLP = torch.from_numpy(group.pages_SP).to(q_SLHD.device)[:, None]
+        pages_SLP = pages_SLP.expand(-1, shape[1], -1)
+        place_SLC = pages_SLP.gather(2, position_SLC // size) * size + position_SLC % size
+        k_TCD = keys.flatten(0, 1)[place_SLC.flatten(0, 1), 0]
+        v_TCE = k_TCD[..., : heads.values_within]
+        none_TC = (chosen_SLC == NONE).flatten(0, 1)
+        out_THE = attend_chosen(q_SLHD.flatten(0, 1), k_TCD, v_TCE, none_TC, heads.scale)
+        return out_THE.view(*shape[:2], *out_THE.shape[1:])
+
+    def _gathered(self, cached: Tensor, group: PagedGroup, which: int) -> Tensor:
+        """Into one room for all layers: a fresh one each time is fresh memory each time."""
+        place = (id(group), which)
+        self._rooms[place] = paged.gather(cached, group.pages_SP, self._rooms.get(place))
+        return self._rooms[place]

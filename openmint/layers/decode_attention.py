@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from openmint.kernels import paged_decode
-from openmint.layers.attention import NO_WINDOW, KVCache
+from openmint.layers.attention import Heads, KVCache
+from openmint.layers.routes import Routes
+from openmint.layers.sparse import IndexQueries
 from openmint.types import IntArray
 
 
@@ -28,12 +30,9 @@ class DecodeAttention:
     """int32; what stands behind a sequence's last page is never read."""
     length_S: Tensor
     """int32: cached tokens, the newest among them."""
-    window: int | None
 
     @staticmethod
-    def of(
-        cache: KVCache, pages: Sequence[Sequence[int]], at_S: IntArray, window: int | None
-    ) -> DecodeAttention:
+    def of(cache: KVCache, pages: Sequence[Sequence[int]], at_S: IntArray) -> DecodeAttention:
         """`at_S` is each newest token's position; `pages` hold it and all before."""
         device, size = cache.keys.device, cache.page_tokens
         num_pages = int(at_S.max()) // size + 1
@@ -46,11 +45,16 @@ class DecodeAttention:
         place, table, length = (
             torch.from_numpy(x).to(device) for x in (place_S, pages_SP, at_S.astype(np.int32) + 1)
         )
-        return DecodeAttention(cache, place, table, length, window)
+        return DecodeAttention(cache, place, table, length)
 
-    def attend(self, layer: int, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+    def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
+        raise AssertionError("no kernel of GPUs attends to chosen keys; such a base isn't loaded")
+
+    def attend(self, heads: Heads, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> Tensor:
+        keys, values = self.cache.keys[heads.layer], self.cache.values[heads.layer]
         paged_decode.write(k_SGD, v_SGD, self.place_S, keys, values)
-        window = min(self.window or NO_WINDOW, 2**31 - 1)
+        window = min(heads.window, 2**31 - 1)
         table, length_S = self.pages_SP, self.length_S
-        return paged_decode.attend(q_SHD, keys, values, table, length_S, window).flatten(1)
+        return paged_decode.attend(
+            q_SHD, keys, values, table, length_S, window, heads.scale
+        ).flatten(1)

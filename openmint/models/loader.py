@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,18 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from openmint.config import WorkerConfig
 from openmint.errors import InvalidRequest
-from openmint.models import dense
+from openmint.models import deepseek, dense, gpt_oss, mixture
 from openmint.models.model import Model
-from openmint.models.weights import Weights
+from openmint.models.weights import Module, Weights
 from openmint.types import BaseInfo, Digest, stacks_of
 
-FAMILIES = dict.fromkeys(dense.ARCHITECTURES, dense.DenseModel)
+FAMILIES: dict[str, Callable[[PretrainedConfig, Module], Model]] = {
+    **dict.fromkeys(dense.ARCHITECTURES, dense.DenseModel),
+    **dict.fromkeys(mixture.SOFTMAX, mixture.softmax_mixture),
+    **dict.fromkeys(mixture.SIGMOID, mixture.sigmoid_mixture),
+    **dict.fromkeys(gpt_oss.ARCHITECTURES, gpt_oss.gpt_oss),
+    **dict.fromkeys(deepseek.ARCHITECTURES, deepseek.deepseek),
+}
 """Architecture names of config.json, and who computes them. A new family adds its line here."""
 
 SERVING_WEIGHTS = ("same", "int8")
@@ -47,8 +54,14 @@ def load_model(
         raise InvalidRequest(
             f"worker.serving_weights {given!r} is not supported; supported: {known}"
         )
+    if device.type != "cpu" and architecture not in dense.ARCHITECTURES:
+        raise InvalidRequest(
+            f"architecture {architecture!r} runs on CPUs only so far: its kernels for GPUs are not "
+            "written; start the worker with worker.device = cpu"
+        )
     weights = Weights(directory, DTYPES[config.dtype], device)
-    model = FAMILIES[architecture](hf_config, weights, config.serving_weights == "int8")
+    module = Module(weights, "", config.serving_weights == "int8")
+    model = FAMILIES[architecture](hf_config, module)
     info = describe(model, hf_config, config, name=name, digest=digest, directory=str(directory))
     return model, replace(info, eos_token_ids=_eos_token_ids(directory, hf_config))
 

@@ -18,7 +18,7 @@ from openmint.kernels.adapter_tiles import Direction
 from openmint.kernels.jit import F32, as_array
 from openmint.kernels.team import team
 from openmint.layers.adapters import AdapterBatch
-from openmint.layers.attention import NO_WINDOW, TiledPages
+from openmint.layers.attention import TiledPages
 from openmint.layers.linear import LoraLinear, TiledLinear
 from openmint.types import AnyArray
 
@@ -36,7 +36,8 @@ class TiledDense:
         layers = model.layers
         self._linears = model.linears
         self._rotary = model.rotary
-        self._num_heads, self._head_dim = layers[0].num_heads, layers[0].head_dim
+        self._num_heads = layers[0].attention.num_heads
+        self._head_dim = layers[0].attention.head_dim
         self._stack = stack_of(model)
         self._weights = linears_of(self._linears, lambda linear: linear.serving)
 
@@ -45,7 +46,7 @@ class TiledDense:
         """Whether all parts of the model can be computed in tiles."""
         linears = (*model.linears, model.head)
         are_tiled = all(isinstance(linear, TiledLinear) for linear in linears)
-        return are_tiled and model.cache_shape.head_dim % 16 == 0
+        return are_tiled and model.cache_shape.key_width % 16 == 0
 
     def forward(
         self, x_TD: Tensor, positions_T: Tensor, pages: TiledPages, adapters: AdapterBatch | None
@@ -94,17 +95,18 @@ class TiledDense:
 def stack_of(model: DenseModel) -> dense.Stack:
     """What of the model isn't a linear layer."""
     layers = model.layers
-    num_q, num_kv = layers[0].num_heads
+    attentions = [layer.attention for layer in layers]
+    num_q, num_kv = attentions[0].num_heads
     return dense.Stack(
         input_norm_LD=_stacked([layer.input_norm_D for layer in layers]),
-        mlp_norm_LD=_stacked([layer.mlp_norm_D for layer in layers]),
-        q_norm_LD=_stacked([layer.q_norm_D for layer in layers]),
-        k_norm_LD=_stacked([layer.k_norm_D for layer in layers]),
+        mlp_norm_LD=_stacked([layer.feed_forward_norm_D for layer in layers]),
+        q_norm_LD=_stacked([attention.q_norm_D for attention in attentions]),
+        k_norm_LD=_stacked([attention.k_norm_D for attention in attentions]),
         final_norm_D=as_array(model.final_norm_D),
         eps=F32(model.eps),
         num_q=num_q,
         num_kv=num_kv,
-        window=NO_WINDOW if model.window is None else model.window,
+        window=attentions[0].heads.window,
     )
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from openmint.errors import InvalidRequest
+from openmint.layers.linear import LoraLinear, lora_linear
+from openmint.types import TargetGroup
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -37,6 +41,42 @@ class Weights:
         tensor: Tensor = self._handles[self._files[name]].get_tensor(name)
         # A copy always: else every page of the mapped file that was read stays in memory too.
         return tensor.to(self._device, self._dtype, copy=True)
+
+
+class Tensors(Protocol):
+    """A checkpoint's tensors by name."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def get(self, name: str) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """The tensors below one module path, and the layers that they make."""
+
+    weights: Tensors
+    path: str
+    serves_int8: bool
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[self._full(name)]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.weights.get(self._full(name))
+
+    def under(self, name: str) -> Module:
+        return Module(self.weights, self._full(name), self.serves_int8)
+
+    def linear(self, group: TargetGroup, *names: str) -> LoraLinear:
+        """One layer of these, which share an input."""
+        parts = [
+            (self._full(name), self[f"{name}.weight"], self.get(f"{name}.bias")) for name in names
+        ]
+        return lora_linear(group, parts, self.serves_int8)
+
+    def _full(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
 
 
 def _index(directory: Path) -> dict[str, str]:

@@ -44,6 +44,23 @@ def parse(kind: type[BodyT], raw: bytes) -> BodyT:
         raise InvalidRequest(f"body{pointer}: {message}") from None
 
 
+class RunRequest(BaseModel):
+    """Which request of which run a body is, whatever else it holds."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    model_id: Id
+    seq_id: SeqId
+
+
+def run_request(raw: bytes) -> RunRequest | None:
+    """What a body that may be faulty elsewhere says of its run and seq_id; None if it can't."""
+    try:
+        return RunRequest.model_validate_json(raw)
+    except ValidationError:
+        return None
+
+
 # -- start-up and sessions ------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from openmint.layers.adapters import (
     GradientSink,
     LoraDelta,
 )
-from openmint.layers.attention import KVCache, PagedAttention, PagedGroup, Sight
+from openmint.layers.attention import NO_WINDOW, Heads, KVCache, PagedAttention, PagedGroup, Sight
 from openmint.layers.linear import TorchLinear
 from openmint.types import LoraSpec, TargetModule
 from tests.gpu.conftest import Device
@@ -132,7 +132,7 @@ def test_decoding_over_pages_equals_attention_over_gathered_keys(
     for dtype in dtypes(triton_device)[: 2 if triton_device.is_real else 1]:
         found = []
         for _ in range(2):
-            cache = KVCache(1, 48, page_tokens, num_groups, head_dim, dtype, device)
+            cache = KVCache(1, 48, page_tokens, num_groups, (head_dim, head_dim), dtype, device)
             draw.manual_seed(1)
             for cached in (cache.keys, cache.values):
                 cached.copy_(torch.randn(cached.shape, generator=draw))
@@ -142,16 +142,15 @@ def test_decoding_over_pages_equals_attention_over_gathered_keys(
             for heads in (num_heads, num_groups, num_groups)
         )
         v[1, 0, 0] = float("nan")
-        ours = DecodeAttention.of(found[0], pages, at_S, window).attend(0, q, k, v)
-        theirs = gathered(found[1], pages, at_S, window).attend(0, q, k, v)
+        heads = Heads(0, head_dim**-0.5, NO_WINDOW if window is None else window)
+        ours = DecodeAttention.of(found[0], pages, at_S).attend(heads, q, k, v)
+        theirs = gathered(found[1], pages, at_S).attend(heads, q, k, v)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance(dtype))
         torch.testing.assert_close(found[0].keys, found[1].keys, rtol=0, atol=0)
         torch.testing.assert_close(found[0].values, found[1].values, rtol=0, atol=0)
 
 
-def gathered(
-    cache: KVCache, pages: list[list[int]], at_S: np.ndarray, window: int | None
-) -> PagedAttention:
+def gathered(cache: KVCache, pages: list[list[int]], at_S: np.ndarray) -> PagedAttention:
     """The reference on the same pages."""
     device, size = cache.keys.device, cache.page_tokens
     longest = max(map(len, pages))
@@ -159,7 +158,7 @@ def gathered(
     slot_S = pages_SP[np.arange(len(at_S)), at_S // size] * size + at_S % size
     rows_S1 = torch.arange(len(at_S), device=device)[:, None]
     real_S1 = torch.ones_like(rows_S1, dtype=torch.bool)
-    group = PagedGroup(rows_S1, real_S1, pages_SP, Sight(at_S[:, None], window, device))
+    group = PagedGroup(rows_S1, real_S1, pages_SP, Sight(at_S[:, None], device))
     return PagedAttention(cache, slot_S, [group])
 
 
@@ -167,11 +166,11 @@ def test_padding_writes_nothing_and_reads_what_is_finite(triton_device: Device) 
     from openmint.layers.decode_attention import DecodeAttention
 
     device = torch.device(triton_device.name)
-    cache = KVCache(1, 4, 4, 2, 16, torch.float32, device)
+    cache = KVCache(1, 4, 4, 2, (16, 16), torch.float32, device)
     q, k, v = (torch.ones(2, heads, 16, device=device) for heads in (4, 2, 2))
-    whole = DecodeAttention.of(cache, [[3], [1]], np.array([2, 0]), None)
+    whole = DecodeAttention.of(cache, [[3], [1]], np.array([2, 0]))
     whole.place_S[1] = -1
-    out_SW = whole.attend(0, q, k, v)
+    out_SW = whole.attend(Heads(0, 0.25), q, k, v)
     assert bool(torch.isfinite(out_SW).all())
     written = cache.keys[0].flatten(0, 1).abs().sum((1, 2)).nonzero().flatten().tolist()
     assert written == [3 * 4 + 2]

@@ -24,7 +24,7 @@ class Client:
         bound = {"session_id": self.session, "sampling_session_seq_id": 0}
         bound["base_model"] = self.base["model_name"]
         self.sampler = self.post("/create_sampling_session", bound).json()["sampling_session_id"]
-        self.next_seq = 1
+        self.next_seq, self.next_sample = 1, 0
 
     def get(self, path):
         return self.http.get(path)
@@ -60,7 +60,7 @@ class Client:
         return {"model_id": self.run, "seq_id": seq, **fields}
 
     def sample_body(self, tokens=TOKENS, params=None, **changes):
-        seq, self.next_seq = self.next_seq, self.next_seq + 1
+        seq, self.next_sample = self.next_sample, self.next_sample + 1
         prompt = {"chunks": [{"type": "encoded_text", "tokens": tokens}]}
         given = {"sampling_session_id": self.sampler, "seq_id": seq, "prompt": prompt}
         return {**given, "sampling_params": {"max_tokens": 1, **(params or {})}, **changes}
@@ -268,7 +268,8 @@ def test_same_seq_id_with_another_body_is_422_and_with_the_same_the_same_future(
     first = client.post("/forward_backward", body)
     again = client.post("/forward_backward", body)
     assert first.json()["request_id"] == again.json()["request_id"]
-    changed = {**client.train_body([5, 6, 7, 8]), "seq_id": body["seq_id"]}
+    given = body["forward_backward_input"]
+    changed = {**body, "forward_backward_input": {**given, "data": given["data"] * 2}}
     assert_refused(client.post("/forward_backward", changed), 422, str(body["seq_id"]))
     sample = client.sample_body()
     first, again = client.post("/asample", sample), client.post("/asample", sample)
@@ -296,11 +297,32 @@ def test_a_taken_checkpoint_name(client):
     client.assert_run_works()
 
 
-def test_a_refused_request_does_not_delay_the_next(client):
-    client.post("/optim_step", client.of_run(adam_params={"learning_rate": -1.0}))
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("/optim_step", {"adam_params": {"learning_rate": -1.0}}),
+        ("/optim_step", {"adam_params": {"momentum": 0.9}}),
+        ("/forward_backward", {}),
+        ("/forward_backward", {"forward_backward_input": {"data": 7}}),
+        ("/save_weights", {"path": "short", "ttl_seconds": 5}),
+        ("/save_weights_for_sampler", {"kind": "other"}),
+        ("/save_weights_external", {}),
+        ("/load_weights", {"path": "tinker://x/weights/y", "weights_access_token": "x"}),
+        ("/load_weights", {"path": 3}),
+    ],
+)
+def test_a_refused_request_does_not_delay_the_next(client, path, fault):
+    assert_refused(client.post(path, client.of_run(**fault)), 400)
     started = time.monotonic()
     client.assert_run_works()
     assert time.monotonic() - started < 4
+
+
+def test_a_faulty_body_uses_up_no_seq_id_of_another_tenants_run(client, other):
+    fault = client.of_run(adam_params={"momentum": 0.9})
+    assert_refused(other.post("/optim_step", fault), 400, "momentum")
+    updated = client.post("/optim_step", {**fault, "adam_params": {}})
+    assert "error" not in client.result(updated)
 
 
 @pytest.mark.parametrize("key", [None, "", "tml-om_none_none", "tml-" + "x" * 5000, "\xff"])
@@ -314,7 +336,7 @@ def test_another_tenants_ids_are_not_found(client, other):
     body = client.train_body()
     request_id = client.post("/forward_backward", body).json()["request_id"]
     sample = client.sample_body()
-    assert_refused(other.post("/forward_backward", client.train_body()), 404)
+    assert_refused(other.post("/forward_backward", body), 404)
     assert_refused(other.post("/retrieve_future", {"request_id": request_id}), 404)
     assert_refused(other.post("/cancel_future", {"request_id": request_id}), 404)
     assert_refused(other.post("/asample", sample), 404)
@@ -330,7 +352,6 @@ def test_another_tenants_ids_are_not_found(client, other):
         f"/sessions/{client.session}/trace_export",
     ):
         assert_refused(other.get(path), 404)
-    client.next_seq += 0
     client.assert_run_works()
 
 

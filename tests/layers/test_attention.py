@@ -16,12 +16,22 @@ from openmint.engine.sample_step import SampleLane
 from openmint.kernels.team import alone
 from openmint.kernels.tile import IS_AVAILABLE
 from openmint.layers import attention
-from openmint.layers.attention import MAX_PADDING, KVCache, PackedAttention, length_buckets
-from openmint.models.model import CacheShape
+from openmint.layers.attention import (
+    MAX_PADDING,
+    NO_WINDOW,
+    Heads,
+    KVCache,
+    PackedAttention,
+    length_buckets,
+)
 
 HEADS, KV_HEADS, DIM, PAGE = 4, 2, 8, 4
 CPU = torch.device("cpu")
 WINDOWS = [None, 1, 5]
+
+
+def heads_of(layer: int, window: int | None, width: int = DIM) -> Heads:
+    return Heads(layer, width**-0.5, NO_WINDOW if window is None else window)
 
 
 def ragged(seed: int) -> list[int]:
@@ -66,7 +76,7 @@ def test_packed_attention_is_each_sequences_own(seed: int, window: int | None) -
     grad_out = random_qkv(sum(lengths), seed + 1)[0].flatten(1)
     results = []
     for attend in (
-        lambda q, k, v: PackedAttention(lengths, CPU, window).attend(0, q, k, v),
+        lambda q, k, v: PackedAttention(lengths, CPU).attend(heads_of(0, window), q, k, v),
         lambda q, k, v: plain_packed(q, k, v, lengths, window),
     ):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -85,7 +95,8 @@ def test_tiled_attention_is_each_sequences_own(width: int, window: int | None) -
     inputs = [x.bfloat16() for x in random_qkv(sum(lengths), 0, width)]
     grad_out = random_qkv(sum(lengths), 1, width)[0].flatten(1).bfloat16()
     leaves = [x.clone().requires_grad_() for x in inputs]
-    out = PackedAttention(lengths, CPU, window).attend(0, leaves[0], leaves[1], leaves[2])
+    heads = heads_of(0, window, width)
+    out = PackedAttention(lengths, CPU).attend(heads, leaves[0], leaves[1], leaves[2])
     results = [out, *torch.autograd.grad(out, leaves, grad_out)]
     wide = [x.float().requires_grad_() for x in inputs]
     expected = plain_packed(wide[0], wide[1], wide[2], lengths, window)
@@ -95,18 +106,14 @@ def test_tiled_attention_is_each_sequences_own(width: int, window: int | None) -
         assert float(gap) <= 1e-2 * float(size) + 0.05
 
 
-def paged_sampler(window: int | None, num_pages: int) -> SampleLane:
-    """A sampler over a model of which attention sees only shapes."""
-    model: Any = SimpleNamespace(
-        window=window,
-        cache_shape=CacheShape(2, KV_HEADS, DIM),
-        head=torch.zeros(1),
-    )
-    cache = KVCache(2, num_pages, PAGE, KV_HEADS, DIM, torch.float32, CPU)
+def paged_sampler(num_pages: int) -> SampleLane:
+    """A sampler over a model of which attention sees only where it is."""
+    model: Any = SimpleNamespace(head=torch.zeros(1))
+    cache = KVCache(2, num_pages, PAGE, KV_HEADS, (DIM, DIM), torch.float32, CPU)
     # What an earlier owner left in a page must never be seen.
     cache.keys.fill_(1e3)
     cache.values.fill_(1e6)
-    return SampleLane(model, cache, alone)
+    return SampleLane(model, cache, None, alone)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -122,7 +129,7 @@ def test_paged_attention_is_the_same_however_the_tokens_are_cut(
     num_pages = [-(-length // PAGE) for length in lengths]
     shuffled = [int(p) for p in numbers.permutation(sum(num_pages) + 3)]
     pages = [[shuffled.pop() for _ in range(count)] for count in num_pages]
-    sampler = paged_sampler(window, sum(num_pages) + 3)
+    sampler = paged_sampler(sum(num_pages) + 3)
     done = [0] * len(lengths)
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         going = [i for i, at in enumerate(done) if at < lengths[i] and numbers.random() < 0.7]
@@ -136,7 +143,7 @@ def test_paged_attention_is_the_same_however_the_tokens_are_cut(
         positions = [np.arange(done[i], stops[i]) for i in going]
         rows = torch.cat([torch.arange(starts[i] + done[i], starts[i] + stops[i]) for i in going])
         paged = sampler._attention(chunks, positions, sampler._cache)
-        out = paged.attend(1, q[rows], k[rows], v[rows])
+        out = paged.attend(heads_of(1, window), q[rows], k[rows], v[rows])
         for i, part in zip(going, out.split([stops[i] - done[i] for i in going]), strict=True):
             wanted = expected[i][done[i] : stops[i]]
             torch.testing.assert_close(part, wanted, rtol=1e-5, atol=1e-6)
@@ -148,11 +155,11 @@ def test_what_an_overflow_leaves_in_a_page_reaches_nobody_else(poison: float) ->
     lengths = [5, 9]
     q, k, v = random_qkv(14, 0)
     expected = plain_packed(q, k, v, lengths, None)
-    sampler = paged_sampler(None, 6)
+    sampler = paged_sampler(6)
     every = Chunk(0, np.zeros(24, np.int64), 0, tuple(range(6)), None, None)
     bad = torch.full((24, KV_HEADS, DIM), poison)
     sampler._attention([every], [np.arange(24)], sampler._cache).attend(
-        0, torch.ones(24, HEADS, DIM), bad, bad
+        heads_of(0, None), torch.ones(24, HEADS, DIM), bad, bad
     )
     chunks = [
         Chunk(i, np.zeros(length, np.int64), 0, pages, None, None)
@@ -160,7 +167,9 @@ def test_what_an_overflow_leaves_in_a_page_reaches_nobody_else(poison: float) ->
     ]
     at = [np.arange(length) for length in lengths]
     paged = sampler._attention(chunks, at, sampler._cache)
-    torch.testing.assert_close(paged.attend(0, q, k, v), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        paged.attend(heads_of(0, None), q, k, v), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_buckets_hold_each_sequence_once_with_bounded_padding() -> None:

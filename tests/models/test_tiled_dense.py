@@ -28,8 +28,9 @@ from openmint.layers.adapters import (
     GradientSink,
 )
 from openmint.layers.attention import PackedAttention, TiledCache, TiledPages
+from openmint.layers.batch import Batch
 from openmint.models.loader import load_model
-from openmint.models.model import Batch, Model
+from openmint.models.model import Model
 from openmint.types import Digest, LoraSpec
 from tests.workbench import FAMILIES, reference
 
@@ -96,9 +97,7 @@ def rows_of(tokens: list[Tensor], stops: list[int]) -> tuple[Tensor, Tensor, Ten
 
 def by_layers(model: Model, tokens: list[Tensor], stack: AdapterStack | None) -> Tensor:
     tokens_T, positions_T, slot_T = rows_of(tokens, list(LENGTHS))
-    batch = Batch(
-        PackedAttention(LENGTHS, CPU, model.window), AdapterBatch(stack, slot_T) if stack else None
-    )
+    batch = Batch(PackedAttention(LENGTHS, CPU), AdapterBatch(stack, slot_T) if stack else None)
     with torch.no_grad():
         return model.forward(tokens_T, positions_T, batch)
 
@@ -109,7 +108,7 @@ def by_steps(
     """The same in ragged chunks over shuffled pages."""
     numbers = np.random.default_rng(7)
     shape = model.cache_shape
-    cache = TiledCache(shape.num_layers, 24, 16, shape.num_kv_heads, shape.head_dim)
+    cache = TiledCache(shape.num_layers, 24, 16, shape.num_kv_heads, shape.key_width)
     cache.keys_LB[:] = numbers.integers(0, 0x7F00, cache.keys_LB.shape)  # an earlier owner's
     cache.values_LB[:] = numbers.integers(0, 0x4F00, cache.values_LB.shape)
     pages_SP = numbers.permutation(24)[: 3 * len(LENGTHS)].reshape(len(LENGTHS), 3)
@@ -180,7 +179,7 @@ def gradients(model: Model, lengths: Sequence[int], dtype: torch.dtype) -> list[
     slot_T = torch.cat([torch.full((n,), slot) for n, slot in zip(lengths, SLOTS, strict=False)])
     sinks = [torch.zeros(adapter.layout.num_params) for adapter in stack.adapters]
     adapters = AdapterBatch(stack, slot_T, GradientSink(stack, sinks))
-    batch = Batch(PackedAttention(lengths, CPU, model.window), adapters)
+    batch = Batch(PackedAttention(lengths, CPU), adapters)
     hidden_TD = model.forward(tokens_T, positions_T, batch)
     hidden_TD.backward(grad_TD.to(dtype))
     HIDDEN.append(weakref.ref(hidden_TD))

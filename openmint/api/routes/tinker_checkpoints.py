@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import read, takes
+from openmint.api.bodies import read, read_of_run, takes
 from openmint.api.routes.tinker_training import promise
 from openmint.catalog.records import Checkpoint, Run, Segment
 from openmint.errors import InvalidRequest
@@ -38,7 +38,7 @@ PUBLISH_INSTEAD = "weights_access_token is not supported; have the owner publish
 async def save_weights(request: Request, caller: Caller, gateway: App) -> Response:
     """Save a training state under a name."""
     caller.require("train")
-    body = await read(request, requests.SaveWeights)
+    body = await read_of_run(request, requests.SaveWeights, gateway.training, caller.tenant)
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
         future = gateway.checkpoints.save(run, body.seq_id, _order("weights", body))
     return await promise(future, run.run_id)
@@ -48,7 +48,7 @@ async def save_weights(request: Request, caller: Caller, gateway: App) -> Respon
 async def save_weights_for_sampler(request: Request, caller: Caller, gateway: App) -> Response:
     """Make a revision: named, or unnamed with a sampler on it."""
     caller.require("train")
-    body = await read(request, requests.SaveForSampler)
+    body = await read_of_run(request, requests.SaveForSampler, gateway.training, caller.tenant)
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
         if body.path is None and body.sampling_session_seq_id is not None:
             future = gateway.checkpoints.open_sampler(
@@ -66,7 +66,7 @@ async def save_weights_for_sampler(request: Request, caller: Caller, gateway: Ap
 async def save_weights_external(request: Request, caller: Caller, gateway: App) -> Response:
     """Save a PEFT folder for download."""
     caller.require("train")
-    body = await read(request, requests.SaveExternal)
+    body = await read_of_run(request, requests.SaveExternal, gateway.training, caller.tenant)
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
         if body.age_encryption_recipients:
             raise InvalidRequest("age_encryption_recipients is not supported; send none")
@@ -89,18 +89,23 @@ def _order(
 async def load_weights(request: Request, caller: Caller, gateway: App) -> Response:
     """Load a checkpoint into a run, or start a run from it."""
     caller.require("train")
-    body = await read(request, requests.LoadWeights)
-    if body.weights_access_token is not None:
-        raise InvalidRequest(PUBLISH_INSTEAD)
-    if body.optimizer_config is not None:
-        check_optimizer(body.optimizer_config)
+    body = await read_of_run(request, requests.LoadWeights, gateway.training, caller.tenant)
     if body.session_id is not None:
+        _check_load(body)
         return await _create_from(body, caller.tenant, gateway)
     if body.model_id is None:
         raise InvalidRequest("send model_id and seq_id, or session_id and model_seq_id")
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
+        _check_load(body)
         future = gateway.checkpoints.load(run, body.seq_id, body.path, optimizer=body.optimizer)
     return await promise(future, run.run_id)
+
+
+def _check_load(body: requests.LoadWeights) -> None:
+    if body.weights_access_token is not None:
+        raise InvalidRequest(PUBLISH_INSTEAD)
+    if body.optimizer_config is not None:
+        check_optimizer(body.optimizer_config)
 
 
 async def _create_from(body: requests.LoadWeights, tenant: Tenant, gateway: Gateway) -> Response:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from openmint.api.auth import App, Caller
-from openmint.api.bodies import INLINE_BYTES, read, takes
+from openmint.api.bodies import INLINE_BYTES, counts_refusal, read, read_of_run, takes
 from openmint.catalog.records import Principal
 from openmint.service import checks
 from openmint.service.futures import ResultFuture
@@ -96,7 +96,8 @@ async def _train(
     encoding = request.headers.get("content-encoding", "").strip().lower()
     body = decompress(raw, encoding, gateway.settings.service.max_body_bytes)
     content_type = request.headers.get("content-type", "")
-    given = train_request(body, content_type, forward_only=forward_only)
+    with counts_refusal(body, gateway.training, caller.tenant):
+        given = train_request(body, content_type, forward_only=forward_only)
     with gateway.training.request(caller.tenant, given.model_id, given.seq_id) as run:
         if len(body) <= INLINE_BYTES:
             data, loss = given.content()
@@ -110,7 +111,7 @@ async def _train(
 async def optim_step(request: Request, caller: Caller, gateway: App) -> Response:
     """Update the weights from the accumulated gradient."""
     caller.require("train")
-    body = await read(request, requests.OptimStep)
+    body = await read_of_run(request, requests.OptimStep, gateway.training, caller.tenant)
     with gateway.training.request(caller.tenant, body.model_id, body.seq_id) as run:
         future = gateway.training.optim_step(run, body.seq_id, adam_params(body))
     return await promise(future, run.run_id)

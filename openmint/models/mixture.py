@@ -1,0 +1,119 @@
+"""Mixtures of experts over grouped-query attention: Qwen3-MoE, OLMoE, Mixtral, GLM-4.5.
+
+Proved against `transformers` in tests/models/test_families.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from transformers import PretrainedConfig
+
+from openmint.errors import InvalidRequest
+from openmint.layers.feed_forward import GatedFeedForward, MixtureOfExperts
+from openmint.layers.rotary import Rotary
+from openmint.layers.router import SigmoidRouter, SoftmaxRouter
+from openmint.models.decoder import (
+    Decoder,
+    FeedForward,
+    block,
+    check_activation,
+    gated,
+    grouped_query,
+    grouped_query_cache,
+    head_dim_of,
+    layers_of,
+)
+from openmint.models.model import RouteShape
+from openmint.models.weights import Module
+
+SOFTMAX = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+SIGMOID = ("Glm4MoeForCausalLM",)
+
+
+def softmax_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
+    """Qwen3-MoE and OLMoE."""
+    if getattr(config, "clip_qkv", None) is not None:
+        raise InvalidRequest("clip_qkv is not supported; supported: a config without it")
+    dense = getattr(config, "mlp_only_layers", None) or ()
+    every = getattr(config, "decoder_sparse_step", 1)
+    layers = range(config.num_hidden_layers)
+    sparse = [index for index in layers if index not in dense and (index + 1) % every == 0]
+
+    def feed_forward(module: Module, index: int) -> FeedForward:
+        if index not in sparse:
+            return gated(module)
+        router = SoftmaxRouter(
+            module["gate.weight"], config.num_experts_per_tok, config.norm_topk_prob
+        )
+        routed = experts(module, config.num_experts)
+        return MixtureOfExperts(router, routed, None, sparse.index(index))
+
+    shape = RouteShape(len(sparse), config.num_experts, config.num_experts_per_tok)
+    return _decoder(config, weights, feed_forward, shape)
+
+
+def sigmoid_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
+    """GLM-4.5."""
+    return _decoder(config, weights, partial(with_shared, config), with_shared_routes(config))
+
+
+def with_shared(config: PretrainedConfig, module: Module, index: int) -> FeedForward:
+    """The feed-forward layer of DeepSeek-V3 and its like: some, the first, are dense; the others
+    have routed experts beside one that all tokens share."""
+    if index not in (sparse := _sparse_layers(config)):
+        return gated(module)
+    router = SigmoidRouter(
+        module["gate.weight"],
+        module["gate.e_score_correction_bias"].float(),
+        config.num_experts_per_tok,
+        config.n_group,
+        config.topk_group,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
+    )
+    shared = gated(module.under("shared_experts")) if config.n_shared_experts else None
+    routed = experts(module, config.n_routed_experts)
+    return MixtureOfExperts(router, routed, shared, sparse.index(index))
+
+
+def with_shared_routes(config: PretrainedConfig) -> RouteShape:
+    """What tokens choose where feed-forward layers are those of `with_shared`."""
+    count = len(_sparse_layers(config))
+    return RouteShape(count, config.n_routed_experts, config.num_experts_per_tok)
+
+
+def _sparse_layers(config: PretrainedConfig) -> list[int]:
+    """Which of them have experts."""
+    if kinds := getattr(config, "mlp_layer_types", None):
+        return [index for index, kind in enumerate(kinds) if kind == "sparse"]
+    return list(range(config.first_k_dense_replace, config.num_hidden_layers))
+
+
+def experts(module: Module, count: int) -> list[GatedFeedForward]:
+    """Experts that a checkpoint has one by one."""
+    return [gated(module.under(f"experts.{expert}")) for expert in range(count)]
+
+
+def _decoder(
+    config: PretrainedConfig,
+    weights: Module,
+    feed_forward: Callable[[Module, int], FeedForward],
+    routes: RouteShape,
+) -> Decoder:
+    check_activation(config)
+    window = getattr(config, "sliding_window", None)
+    window = window if getattr(config, "use_sliding_window", True) else None
+    blocks = [
+        block(
+            config,
+            layer,
+            grouped_query(config, layer.under("self_attn"), index, window),
+            feed_forward(layer.under("mlp"), index),
+        )
+        for index, layer in enumerate(layers_of(config, weights))
+    ]
+    width = int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    rotary = Rotary(config, width, str(blocks[0].input_norm_D.device))
+    return Decoder(config, weights, blocks, rotary, grouped_query_cache(config), routes)
