@@ -273,9 +273,9 @@ class WorkerClient:
             result = await future
             ok = True
             if isinstance(command, SampleWork) and isinstance(result, SampleResult):
-                if self.meter:
+                if self.meter is not None:
                     self.meter.sampled(self.base.name, command, result)
-                if self.records:
+                if self.records is not None:
                     self.records.sampled(self.base.digest, command, result)
             return result
         except asyncio.CancelledError:
@@ -355,7 +355,7 @@ class WorkerClient:
                     self._deliver_delta(work_id, waiting, waiting.stream, delta)
             case WorkerStats():
                 self._take_in(message)
-                if self.meter:
+                if self.meter is not None:
                     self.meter.spent(self.base.name, message.tenant_seconds)
             case Ready():
                 pass  # said once, before anything else, and heard by whoever started the worker

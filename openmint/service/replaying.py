@@ -27,8 +27,9 @@ class Replaying:
 
     def _with_routes(self, tenant: Tenant, base: Digest, datum: Datum) -> Datum:
         found = self._records.find(tenant, base, datum.tokens_N)
-        counts_N = np.flatnonzero(datum.inputs["advantages"])
+        counted_N = np.flatnonzero(datum.inputs["advantages"])
+        first = int(counted_N[0]) if len(counted_N) else 0
         # A prompt in common with a sequence from here doesn't make it one from here.
-        if found is None or not len(counts_N) or found.num_tokens <= counts_N[0]:
+        if found is None or found.num_tokens <= first:
             return datum
         return replace(datum, routes=replace(found, is_forced=self._how == "mask"))

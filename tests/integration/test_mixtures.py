@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 FAMILIES = ("qwen3-moe", "deepseek-v3.2")
 PROMPTS = [[504, 3575, 282, 4649, 314, 260, 1125, 19 + n] for n in range(4)]
-GROUP, LENGTH, UPDATES = 8, 8, 8
+GROUP, LENGTH, UPDATES = 16, 8, 12
 PAID = 24576
 """Half of the vocabulary: a token below it is what the reward wants."""
 
@@ -42,21 +42,29 @@ class Grpo:
         ).result()
         self.metrics: list[dict[str, float]] = []
 
-    def step(self, learning_rate: float = 3e-2) -> float:
+    def step(self, learning_rate: float = 0.1) -> float:
         """One update; the mean reward of what was sampled for it."""
         sampler = self.run.save_weights_and_get_sampling_client().result()
-        params = types.SamplingParams(max_tokens=LENGTH, temperature=1.0, stop=[])
+        first_seed = 1000 * len(self.metrics)
         asked = [
-            sampler.sample(types.ModelInput.from_ints(prompt), GROUP, params) for prompt in PROMPTS
+            sampler.sample(
+                types.ModelInput.from_ints(prompt),
+                GROUP,
+                types.SamplingParams(
+                    max_tokens=LENGTH, temperature=1.0, stop=[], seed=first_seed + 100 * i
+                ),
+            )
+            for i, prompt in enumerate(PROMPTS)
         ]
         data, rewards = [], []
         for prompt, answer in zip(PROMPTS, asked, strict=True):
             sequences = answer.result().sequences
             earned = np.array([np.mean(np.array(s.tokens) < PAID) for s in sequences])
             rewards.append(earned.mean())
+            advantages = (earned - earned.mean()) / (earned.std() + 1e-6)
             data += [
                 policy_datum(prompt, sequence, reward)
-                for sequence, reward in zip(sequences, earned - earned.mean(), strict=True)
+                for sequence, reward in zip(sequences, advantages, strict=True)
             ]
         output = self.run.forward_backward(data, "importance_sampling").result()
         self.metrics.append(output.metrics)
