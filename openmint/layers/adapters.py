@@ -194,6 +194,7 @@ class AdapterStack:
         self._stacked: dict[tuple[str, ...], StackedTargets] = {}
         self._addresses: dict[tuple[tuple[str, ...], Direction], tuple[IntArray, IntArray]] = {}
         self._all_addresses: dict[Direction, tuple[IntArray, IntArray]] = {}
+        self._laid_out: set[Direction] = set()
         self.rank_S = np.array([self.padded_rank(s) for s in range(len(adapters))], np.int64)
         self.scale_S = np.array([a.spec.scaling for a in adapters], np.float32)
 
@@ -223,12 +224,18 @@ class AdapterStack:
     ) -> tuple[IntArray, IntArray]:
         """`addresses` of many layers, `[N, S]` each; made once for each direction."""
         if direction not in self._all_addresses:
-            for adapter in self.adapters:
-                adapter.lay_out([layer.paths for layer in layers], direction)
+            self.lay_out([layer.paths for layer in layers], direction)
             both = [self.addresses(layer.paths, direction) for layer in layers]
             joined = np.stack([s for s, _ in both]), np.stack([e for _, e in both])
             self._all_addresses[direction] = joined
         return self._all_addresses[direction]
+
+    def lay_out(self, layers: Sequence[Fused], direction: Direction) -> None:
+        """Make the tiles of many linear layers in one go, once."""
+        if direction not in self._laid_out:
+            for adapter in self.adapters:
+                adapter.lay_out(layers, direction)
+            self._laid_out.add(direction)
 
     def members(self, group: TargetGroup) -> list[int]:
         """Slots whose adapter has targets in `group`."""

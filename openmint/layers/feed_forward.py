@@ -1,6 +1,7 @@
 """Feed-forward layers: gated ones, and mixtures of experts of which each token takes a few.
 
-Shapes: T tokens, D hidden size, E experts, K experts of a token, N = T * K rows expert by expert.
+Shapes: T tokens, D hidden size, E experts, K experts of a token, N = T * K rows expert by expert,
+R rows of one expert.
 """
 
 from __future__ import annotations
@@ -79,13 +80,12 @@ class MixtureOfExperts:
         order_N = expert_TK.flatten().argsort(stable=True)
         token_N = order_N // expert_TK.shape[1]
         counts = torch.bincount(expert_TK.flatten(), minlength=len(self.experts)).tolist()
-        x_ND, start, parts = x_TD[token_N], 0, []
-        for expert, count in zip(self.experts, counts, strict=True):
-            rows = slice(start, start + count)
-            if count:
-                own = adapters.at(token_N[rows]) if adapters else None
-                parts.append(expert.adapted(x_ND[rows], own))
-            start += count
+        shares = zip(x_TD[token_N].split(counts), token_N.split(counts), strict=True)
+        parts = []
+        for expert, (x_RD, token_R) in zip(self.experts, shares, strict=True):
+            if len(token_R):
+                own = adapters.at(token_R) if adapters else None
+                parts.append(expert.adapted(x_RD, own))
         y_TKD = torch.cat(parts)[order_N.argsort()].unflatten(0, expert_TK.shape)
         y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1)
         return y_TD.to(x_TD.dtype)

@@ -17,16 +17,20 @@ from transformers import PretrainedConfig
 
 from openmint.errors import InvalidRequest
 from openmint.layers.adapters import AdapterBatch
+from openmint.kernels.adapter_tiles import Direction
 from openmint.layers.attention import NO_WINDOW, Heads, TiledPages
 from openmint.layers.batch import Batch
 from openmint.layers.feed_forward import GatedFeedForward
 from openmint.layers.grouped_query import GroupedQueryAttention
-from openmint.layers.linear import LoraLinear, lora_linear
+from openmint.layers.linear import LoraLinear, TiledLinear, lora_linear
 from openmint.layers.norm import rms_norm
 from openmint.layers.rotary import Angles, Rotary
 from openmint.models.model import CacheShape, RouteShape
 from openmint.models.weights import Module
 from openmint.types import TargetModule
+
+
+DIRECTIONS: tuple[Direction, ...] = ("forth", "back")
 
 
 class AttentionLayer(Protocol):
@@ -84,6 +88,7 @@ class Decoder:
         self.head = lora_linear("unembed", [("lm_head", head_VD, None)], weights.serves_int8)
         self.eps = config.rms_norm_eps
         self.rotary, self.cache_shape, self.route_shape = rotary, cache_shape, route_shape
+        self._tiled_paths = [each.paths for each in self.linears if isinstance(each, TiledLinear)]
 
     @property
     def linears(self) -> list[LoraLinear]:
@@ -109,6 +114,9 @@ class Decoder:
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: Batch) -> Tensor:
         x_TD = self.embed(tokens_T)
+        if batch.adapters is not None and self._tiled_paths:
+            for direction in DIRECTIONS if x_TD.requires_grad else DIRECTIONS[:1]:
+                batch.adapters.stack.lay_out(self._tiled_paths, direction)
         angles = self.rotary.at(positions_T, x_TD.dtype)
         for layer in self.layers:
             x_TD = layer.forward(x_TD, angles, batch)
