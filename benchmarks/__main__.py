@@ -21,6 +21,8 @@ from openmint.models.embedded import embedded_base
 QUESTIONS = (
     "training",
     "decode",
+    "mixtures",
+    "replay",
     "adapters",
     "handoff",
     "durability",

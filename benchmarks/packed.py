@@ -216,7 +216,7 @@ def report(
         ],
         lines=lines,
         limits=[
-            "No engine here runs MoE layers yet: the slot is a buffer, laid out as a dense one's.",
+            "The slot is a buffer, laid out as an engine's. The base itself is not loaded.",
             "Cold means that the kernel was told to drop the file; the disk may have a cache too.",
         ],
         data={name: [dict(each) for each in of] for name, of in found.items()},

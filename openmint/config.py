@@ -136,6 +136,13 @@ class ServiceConfig:
     alias names is kept besides, and what its last moves may be rolled back to."""
     keep_rollbacks: int = 10
     """How many rollbacks of each alias find their revision still there, however old it is."""
+    replay: str = "mask"
+    """What training with a policy loss makes of the experts and keys that tokens chose when they
+    were sampled. `mask` repeats them, and leaves tokens out of which nothing is recorded, in
+    sequences of which something is. `measure` only says how far training is from them; `off` does
+    nothing. A base without such choices has nothing to repeat."""
+    route_record_bytes: int = 1 << 28
+    """Memory for such records, which leave when they were not asked for longest."""
     grace_seconds: float = 3600.0
     """How long the bytes of a deleted revision are left in the store. States of training and
     unnamed saves go at once."""
@@ -155,6 +162,11 @@ class ServiceConfig:
             raise InvalidRequest(
                 f"setting service.routing is residency or sticky, got {self.routing!r}"
             )
+        if self.replay not in ("mask", "measure", "off"):
+            raise InvalidRequest(
+                f"setting service.replay is mask, measure or off, got {self.replay!r}"
+            )
+        _at_least("service.route_record_bytes", self.route_record_bytes, 0)
         _within("service.pin_share", self.pin_share, 0.0, 0.9)
         _within("service.tenant_pin_share", self.tenant_pin_share, 0.0, 0.9)
         _at_least("service.keep_revisions", self.keep_revisions, 0)

@@ -24,6 +24,7 @@ Digest = NewType("Digest", str)
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 AnyArray = npt.NDArray[Any]
 
 TargetGroup = Literal["attn", "mlp", "unembed"]
@@ -172,11 +173,24 @@ class AdamParams:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedRoutes:
+    """What the first tokens of a sequence chose when it was sampled."""
+
+    record: bytes
+    """As the engine encoded it."""
+    num_tokens: int
+    """So many of the record's tokens are those of the datum."""
+    is_forced: bool = True
+    """Whether training repeats them, or only says how far it is from them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Datum:
     """One training example: `tokens_N` and the arrays that its loss reads, all dense."""
 
     tokens_N: IntArray
     inputs: Mapping[str, npt.NDArray[np.generic]]
+    routes: RecordedRoutes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +231,6 @@ class SampledSequence:
     """Of each sampled token under the model itself: temperature 1, no truncation."""
     stop_reason: Literal["stop", "length"]
     top_logprobs: TopLogprobs | None = None
+    routes: bytes = b""
+    """What all tokens but the last chose on their way, prompt included, as the engine encodes it;
+    empty where there is nothing to choose."""

@@ -1,9 +1,10 @@
-"""Random models of each dense family, small enough to compare number by number; their adapters."""
+"""Random models of each family, small enough to compare number by number; their adapters."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -24,11 +25,33 @@ COMMON = {
     "pad_token_id": 2,
     "tie_word_embeddings": True,
 }
-CONFIG_CLASSES = {
-    "llama": "LlamaConfig",
-    "qwen2": "Qwen2Config",
-    "qwen3": "Qwen3Config",
-    "mistral": "MistralConfig",
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**ROUTED, "num_experts": 8, "norm_topk_prob": True}),
+    "deepseek-v3.2": (
+        "DeepseekV32Config",
+        {
+            **ROUTED,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "index_topk": 8,
+            "index_n_heads": 16,
+            "index_head_dim": 32,
+        },
+    ),
 }
 
 WIDTH, KEYS, LAYERS = 64, 32, 2
@@ -42,7 +65,8 @@ def make_tiny_base(family: str, directory: Path, tokenizer_from: Path) -> Path:
     import torch
     import transformers
 
-    config = getattr(transformers, CONFIG_CLASSES[family])(**COMMON)
+    name, extra = CONFIGS[family]
+    config = getattr(transformers, name)(**{**COMMON, **extra})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.arms.protocol import serve
-from benchmarks.arms.steps import token_rows
+from benchmarks.arms.steps import StepLog, decode_answer, prompts, token_rows
 
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -27,13 +28,25 @@ class Training:
     """Forward and backward of one step in forwards of `per_forward` sequences, then AdamW."""
 
     def __init__(
-        self, base: str, sequences: int, length: int, per_forward: int, unembed: bool = False
+        self,
+        base: str,
+        sequences: int,
+        length: int,
+        per_forward: int,
+        unembed: bool = False,
+        experts: bool = False,
     ) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         modules = [*MODULES, *(["lm_head"] if unembed else [])]
-        config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=modules)
+        config = LoraConfig(
+            r=8,
+            lora_alpha=32,
+            lora_dropout=0.0,
+            target_modules=modules[:4] if experts else modules,
+            target_parameters=list(EXPERTS) if experts else None,
+        )
         with warnings.catch_warnings():
             # Tied weights matter when an adapter is merged; here lm_head only runs.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
@@ -66,5 +79,25 @@ class Training:
         return float(loss.detach())
 
 
+class Decoding:
+    """Prompts at once, then greedy steps of all sequences over the model's own cache."""
+
+    def __init__(self, base: str, sequences: int, tokens_in: int, tokens_out: int) -> None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self._model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+        self._shape, self._tokens_out = (sequences, tokens_in), tokens_out
+
+    @torch.inference_mode()
+    def __call__(self, lap: int) -> dict[str, Any]:
+        rows, log = torch.from_numpy(prompts(*self._shape, lap, 0)), StepLog(self._shape[0])
+        cache, first = None, []
+        for _ in range(self._tokens_out):
+            answer = self._model(input_ids=rows, past_key_values=cache, use_cache=True)
+            cache, rows = answer.past_key_values, answer.logits[:, -1:].argmax(-1)
+            first = first or rows[:, 0].tolist()
+            log.step(self._shape[0])
+        return decode_answer([log], first)
+
+
 if __name__ == "__main__":
-    serve({"train": Training}, packages=("torch", "transformers", "peft"))
+    serve({"train": Training, "decode": Decoding}, packages=("torch", "transformers", "peft"))

@@ -159,6 +159,7 @@ class Service:
         client, num_runs = self._clients[place], 0
         process = self._processes[place] = await start_worker(base, self._settings, client)
         client.observer, client.meter = self._metrics, self._gateway.meter
+        client.records = self._gateway.route_records
         info = process.base
         if replica:
             self._workers.add(client)

@@ -51,6 +51,12 @@ class Meter(Protocol):
     def spent(self, base: str, seconds: Mapping[Tenant, float]) -> None: ...
 
 
+class Records(Protocol):
+    """Hears what sampled tokens chose; `service/route_records.py` keeps it."""
+
+    def sampled(self, base: Digest, work: SampleWork, result: SampleResult) -> None: ...
+
+
 STATS_SECONDS = 1.0
 """How often a worker says what it holds."""
 RETURN_SECONDS = 120.0
@@ -129,6 +135,7 @@ class WorkerClient:
         """When the worker last said something; it does so about once a second, between steps."""
         self.observer: Observer | None = None
         self.meter: Meter | None = None
+        self.records: Records | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._work_ids = itertools.count(1)
         self._waiting: dict[int, Waiting] = {}
@@ -265,8 +272,11 @@ class WorkerClient:
                 self._start(work_id, waiting)
             result = await future
             ok = True
-            if self.meter and isinstance(command, SampleWork) and isinstance(result, SampleResult):
-                self.meter.sampled(self.base.name, command, result)
+            if isinstance(command, SampleWork) and isinstance(result, SampleResult):
+                if self.meter is not None:
+                    self.meter.sampled(self.base.name, command, result)
+                if self.records is not None:
+                    self.records.sampled(self.base.digest, command, result)
             return result
         except asyncio.CancelledError:
             # Cancelling the awaiting task cancelled the future too, unless it was answered.
@@ -345,7 +355,7 @@ class WorkerClient:
                     self._deliver_delta(work_id, waiting, waiting.stream, delta)
             case WorkerStats():
                 self._take_in(message)
-                if self.meter:
+                if self.meter is not None:
                     self.meter.spent(self.base.name, message.tenant_seconds)
             case Ready():
                 pass  # said once, before anything else, and heard by whoever started the worker

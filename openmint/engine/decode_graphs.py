@@ -20,9 +20,10 @@ from torch import Tensor
 from openmint.kernels.segmented import segments
 from openmint.layers.adapters import AdapterBatch, AdapterStack
 from openmint.layers.attention import KVCache, TiledPages
+from openmint.layers.batch import Batch
 from openmint.layers.decode_attention import DecodeAttention
 from openmint.layers.segmented import AdapterTable, SegmentedDelta, rank_block
-from openmint.models.model import Batch, Model
+from openmint.models.model import Model
 from openmint.types import TargetGroup, TargetModule
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class GraphedModel:
         """`max_pages` hold the longest sequence there can be."""
         self._model, self._max_pages = model, max_pages
         self.head, self.cache_shape = model.head, model.cache_shape
+        self.route_shape = model.route_shape
         self._device = model.head.device
         self._steps: dict[tuple[int, int], DecodeStep] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from openmint.config import WorkerConfig
 from openmint.engine.lanes import Lanes
 from openmint.engine.optimizer import is_finite
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
+from openmint.engine.replay import total
+from openmint.engine.route_record import RouteCache
 from openmint.engine.runs import Runs, RunSnapshot, Update
-from openmint.engine.sample_step import Sampler
+from openmint.engine.sample_step import Sampler, places_in
 from openmint.engine.train_step import OpenTrain, Trainer
 from openmint.errors import InvalidRequest, NonFinite
 from openmint.kernels.attend import BLOCK
@@ -58,7 +60,10 @@ class Engine:
         else:
             widths, device = (shape.key_width, shape.value_width), torch.device(base.device)
             cache = KVCache(*size, shape.num_kv_heads, widths, self.dtype, device, shape.index)
-        self._sampler = Sampler(self._replayed(model, config), cache, lanes)
+        self._page_tokens, self._routes = config.page_tokens, None
+        if model.route_shape is not None:
+            self._routes = RouteCache(model.route_shape, self.num_pages * config.page_tokens)
+        self._sampler = Sampler(self._replayed(model, config), cache, self._routes, lanes)
 
     def _replayed(self, model: Model, config: WorkerConfig) -> Model:
         """The model that samples: on GPUs its decode steps are captured and replayed."""
@@ -155,6 +160,8 @@ class Engine:
             work.run.add_gradient(grads_P)
         logprobs = tuple(row for row in work.logprobs if row is not None)
         metrics = {"loss:sum": loss_sum, "num_tokens:sum": float(work.num_tokens)}
+        if work.routes:
+            metrics |= total(work.routes.values()).metrics
         return logprobs, metrics
 
     def abandon_train(self, work_id: int) -> None:
@@ -194,3 +201,11 @@ class Engine:
 
     def sample(self, batch: SampleBatch) -> list[ChunkOutcome]:
         return self._sampler.run(batch, self._slots)
+
+    def routes(self, pages: Sequence[int], num_tokens: int) -> bytes:
+        """What the first tokens of a sequence chose, who are in these pages; empty where there is
+        nothing to choose."""
+        if self._routes is None:
+            return b""
+        places_N = places_in(pages, np.arange(num_tokens), self._page_tokens)
+        return self._routes.read(places_N).encode()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openmint.engine.lanes import Lanes
 from openmint.engine.plan import Chunk, ChunkOutcome, Draw, PromptScored, SampleBatch
+from openmint.engine.route_record import Recorder, RouteCache
 from openmint.kernels import logprobs
 from openmint.kernels.choice import use_triton
 from openmint.kernels.team import Together, alone
@@ -30,8 +31,9 @@ from openmint.layers.attention import (
     TiledPages,
     length_buckets,
 )
+from openmint.layers.batch import Batch
 from openmint.layers.linear import LogitsRoom
-from openmint.models.model import Batch, Model
+from openmint.models.model import Model
 from openmint.types import AnyArray, Digest, FloatArray, IntArray, TopLogprobs
 
 SCORE_ROWS = 256
@@ -48,13 +50,19 @@ Slots = Mapping[Digest, AdapterWeights]
 class Sampler:
     """Runs sample batches on one model and its page cache. Owned by the engine's thread."""
 
-    def __init__(self, model: Model, cache: KVCache | TiledCache, lanes: Lanes) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache | TiledCache,
+        routes: RouteCache | None,
+        lanes: Lanes,
+    ) -> None:
         self._lanes = lanes
         # A tiled cache is read by kernels that all threads run together; no part is a lane's alone.
         num_parts, together = lanes.count, alone
         if isinstance(cache, TiledCache):
             num_parts, together = 1, lanes.together
-        self._parts = [SampleLane(model, cache, together) for _ in range(num_parts)]
+        self._parts = [SampleLane(model, cache, routes, together) for _ in range(num_parts)]
 
     def run(self, batch: SampleBatch, slots: Slots) -> list[ChunkOutcome]:
         """Outcome of each chunk, in order. No chunk reads what another writes in the same step."""
@@ -73,8 +81,15 @@ class Sampler:
 class SampleLane:
     """A part of a sampling step: all of it, or one thread's share."""
 
-    def __init__(self, model: Model, cache: KVCache | TiledCache, together: Together) -> None:
-        self._model, self._cache, self._together = model, cache, together
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache | TiledCache,
+        routes: RouteCache | None,
+        together: Together,
+    ) -> None:
+        self._model, self._cache, self._routes = model, cache, routes
+        self._together = together
         self._device = model.head.device
         self._stack = AdapterStack([])
         self._room = LogitsRoom(model.head)
@@ -94,7 +109,11 @@ class SampleLane:
             hidden_TD = self._model.sample(*places, pages, adapters)
         else:
             attention = self._attention(chunks, positions, self._cache)
-            hidden_TD = self._model.forward(*places, Batch(attention, adapters))
+            recorder = Recorder() if self._routes else None
+            hidden_TD = self._model.forward(*places, Batch(attention, adapters, recorder))
+            if self._routes and recorder:
+                slot_T = cache_places(chunks, positions, self._cache.page_tokens)
+                self._routes.write(slot_T, recorder)
         ends_S = np.cumsum(lengths_S)
         drawn = self._draw(chunks, hidden_TD, ends_S - 1, slot_S)
         outcomes = []
@@ -140,12 +159,7 @@ class SampleLane:
             return DecodeAttention.of(cache, pages, at_S)
         page_tokens = cache.page_tokens
         starts_S = np.cumsum([0, *(len(chunk.tokens_N) for chunk in chunks)])
-        slot_T = np.concatenate(
-            [
-                np.asarray(chunk.pages)[at // page_tokens] * page_tokens + at % page_tokens
-                for chunk, at in zip(chunks, positions, strict=True)
-            ]
-        )
+        slot_T = cache_places(chunks, positions, page_tokens)
         buckets = length_buckets([len(chunk.tokens_N) for chunk in chunks])
         groups = [
             self._group([(chunks[i], int(starts_S[i])) for i in bucket], page_tokens)
@@ -216,6 +230,20 @@ class SampleLane:
 
     def _to(self, array: AnyArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def cache_places(
+    chunks: Sequence[Chunk], positions: Sequence[IntArray], page_tokens: int
+) -> IntArray:
+    """Where each token's keys and values are, `page * page_tokens + offset`."""
+    pairs = zip(chunks, positions, strict=True)
+    return np.concatenate([places_in(chunk.pages, at_N, page_tokens) for chunk, at_N in pairs])
+
+
+def places_in(pages: Sequence[int], at_N: IntArray, page_tokens: int) -> IntArray:
+    """The same for some positions of one sequence."""
+    found: IntArray = np.asarray(pages)[at_N // page_tokens] * page_tokens + at_N % page_tokens
+    return found
 
 
 def page_table(chunks: Sequence[Chunk], page_tokens: int) -> IntArray:

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from openmint.engine.lanes import Lanes
+from openmint.engine.replay import Replay, RouteCounts
 from openmint.engine.runs import Run
 from openmint.kernels import logprobs
 from openmint.layers.adapters import AdapterBatch, AdapterStack, GradientSink
 from openmint.layers.attention import PackedAttention
+from openmint.layers.batch import Batch
 from openmint.layers.linear import LogitsRoom
 from openmint.losses.functions import LOSS_FUNCTIONS
 from openmint.losses.spec import LOSSES
-from openmint.models.model import Batch, Model
-from openmint.types import AnyArray, Datum, FloatArray, IntArray, LossSpec
+from openmint.models.model import Model
+from openmint.types import AnyArray, BoolArray, Datum, FloatArray, IntArray, LossSpec
 
 HEAD_ROWS = {"cpu": 128, "cuda": 1024}
 """Rows whose logits exist at once: 128 x 49,152 bf16 values are 13 MB, and stay in cache; on a GPU
@@ -46,6 +48,8 @@ class OpenTrain:
     forward_only: bool
     logprobs: list[FloatArray | None] = field(init=False)
     losses: list[float] = field(init=False)
+    routes: dict[int, RouteCounts] = field(init=False, default_factory=dict)
+    """By datum; empty where tokens choose nothing."""
     _grads: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,7 +120,10 @@ class TrainLane:
         tokens_T = np.concatenate([work.data[i].tokens_N for work, i in items])
         positions_T = np.concatenate([np.arange(length) for length in lengths])
         adapters = self._adapters(works, items, lengths)
-        batch = Batch(PackedAttention(lengths, self._device), adapters)
+        data, replay = [work.data[i] for work, i in items], None
+        if (shape := self._model.route_shape) is not None:
+            replay = Replay(data, shape, self._device)
+        batch = Batch(PackedAttention(lengths, self._device), adapters, replay)
         needs_grad = not all(work.forward_only for work in works)
         with torch.set_grad_enabled(needs_grad):
             hidden_TD = self._model.forward(self._to(tokens_T), self._to(positions_T), batch)
@@ -130,6 +137,9 @@ class TrainLane:
             start = stop
         if needs_grad:
             hidden_TD.backward(grad_TD)
+        if replay is not None:
+            for index, (work, i) in enumerate(items):
+                work.routes[i] = replay.counts(index)
 
     def _adapters(
         self, works: Sequence[OpenTrain], items: Sequence[Item], lengths: Sequence[int]
@@ -148,6 +158,7 @@ class TrainLane:
     ) -> None:
         """Log-probabilities and loss of one work's rows; writes dL/dhidden into `grad_TD`."""
         inputs = _stack_inputs([work.data[i] for i in own])
+        is_out_T = torch.from_numpy(np.concatenate([_is_out(work.data[i]) for i in own]))
         targets_TK = inputs.pop("target_tokens").astype(np.int64)
         stack = AdapterStack([work.run.weights])
         slot_T = torch.zeros(len(hidden_TD), dtype=torch.int64, device=self._device)
@@ -162,6 +173,7 @@ class TrainLane:
                 hidden_TD[rows],
                 targets_TK[rows],
                 {name: torch.from_numpy(value[rows]) for name, value in inputs.items()},
+                is_out_T[rows],
                 None if grad_TD is None else grad_TD[rows],
                 self._logits.rows(len(hidden_TD[rows])),
             )
@@ -180,6 +192,8 @@ class HeadChunk:
     hidden_CD: Tensor
     targets_CK: IntArray
     inputs: dict[str, Tensor]
+    is_out_C: Tensor
+    """Rows that the loss leaves out."""
     grad_CD: Tensor | None
     room_CV: Tensor | None
 
@@ -195,6 +209,7 @@ def head_chunk(
     logprobs_CK = chosen_CK.float().cpu() - torch.from_numpy(norms_C)[:, None]
     logprobs_CK.requires_grad_()
     loss_CK = LOSS_FUNCTIONS[work.loss.name](logprobs_CK, chunk.inputs, work.config)
+    loss_CK = loss_CK.masked_fill(chunk.is_out_C[:, None], 0.0)
     losses_C = loss_CK.detach().double().sum(1)
     if chunk.grad_CD is not None:
         (slope_CK,) = torch.autograd.grad(loss_CK.sum(), logprobs_CK)
@@ -207,6 +222,15 @@ def head_chunk(
             hidden_RD = chunk.hidden_CD[rows]
             chunk.grad_CD[rows] = head.backward(grad_RV, hidden_RD, few, adapters.at(rows))
     return logprobs_CK.detach().numpy(), losses_C
+
+
+def _is_out(datum: Datum) -> BoolArray:
+    """Tokens beyond those whose routes are repeated: another route is another policy, so they have
+    no part in the loss."""
+    num_tokens = len(datum.tokens_N)
+    routes = datum.routes
+    num_kept = routes.num_tokens if routes is not None and routes.is_forced else num_tokens
+    return np.arange(num_tokens) >= num_kept
 
 
 def _stack_inputs(data: Sequence[Datum]) -> dict[str, AnyArray]:

@@ -52,6 +52,9 @@ class Codec:
         match value:
             case None | bool() | int() | float() | str():
                 return value
+            case bytes():
+                arrays.append(np.frombuffer(value, np.uint8))
+                return {"bytes": len(arrays) - 1}
             case np.ndarray():
                 arrays.append(value)
                 return {"array": len(arrays) - 1}
@@ -69,6 +72,8 @@ class Codec:
         match tree:
             case {"array": index}:
                 return arrays[index]
+            case {"bytes": index}:
+                return arrays[index].tobytes()
             case {"map": parts}:
                 return {key: self._unpack(each, arrays) for key, each in parts.items()}
             case {"kind": name, "fields": parts}:

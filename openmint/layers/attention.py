@@ -20,6 +20,7 @@ from openmint.kernels import paged
 from openmint.kernels.attend import BLOCK, block_shapes
 from openmint.kernels.softmax import softmax_, softmax_backward_
 from openmint.kernels.team import Together
+from openmint.layers.routes import Routes
 from openmint.layers.sparse import NONE, ChosenPacked, IndexQueries, attend_chosen, choose
 from openmint.types import IntArray
 
@@ -58,7 +59,7 @@ class Attention(Protocol):
         """Attention output `[T, H * E]` of one layer; may write k and v to a cache."""
         ...
 
-    def choose(self, queries: IndexQueries) -> None:
+    def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
         """Settle which keys each query sees in this layer and those that share its choice."""
         ...
 
@@ -167,11 +168,14 @@ class PackedAttention:
             outputs.append(attend(heads, q_SLHD, k_SGLD, v_SGLE, bucket.sight).flatten(0, 1))
         return self.join(outputs).flatten(1)
 
+    def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
+        own_TC = None  # all keys, where there are no more than may be chosen
+        if self._longest > queries.num_chosen:
+            own_TC = self._choose(queries)
+        self._chosen_TC = own_TC if routes is None else routes.keys(queries.layer, own_TC)
+
     @torch.no_grad()
-    def choose(self, queries: IndexQueries) -> None:
-        self._chosen_TC = None  # all keys, where there are no more than may be chosen
-        if self._longest <= queries.num_chosen:
-            return
+    def _choose(self, queries: IndexQueries) -> Tensor:
         given, parts = (queries.q_TID, queries.k_TD, queries.weight_TI), []
         for bucket in self.buckets:
             q_SLID, k_SKD, weight_SLI = (self.take(x, bucket) for x in given)
@@ -179,7 +183,7 @@ class PackedAttention:
             chosen_SLC = choose(q_SLID, k_SKD, weight_SLI, at_SL, queries.num_chosen)
             room = queries.num_chosen - chosen_SLC.shape[2]
             parts.append(F.pad(chosen_SLC, (0, room), value=NONE).flatten(0, 1))
-        self._chosen_TC = self.join(parts)
+        return self.join(parts)
 
     @property
     def _longest(self) -> int:
@@ -413,19 +417,32 @@ class PagedAttention:
             out_THE[group.query_SL[group.real_SL]] = out_SLHE[group.real_SL]
         return out_THE.flatten(1)
 
-    def choose(self, queries: IndexQueries) -> None:
+    def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
         keys = self._cache.index_keys[queries.layer]
         paged.write(queries.k_TD[:, None], self._slot_T, keys)
-        longest = max(group.pages_SP.shape[1] for group in self._groups) * self._cache.page_tokens
-        self._chosen = None
-        if longest <= queries.num_chosen:
+        longest = max(int(group.sight.at_SL.max()) for group in self._groups) + 1
+        self._chosen = self._choose(queries, keys) if longest > queries.num_chosen else None
+        if routes is None:
             return
-        self._chosen = []
+        chosen_TC = None
+        if self._chosen is not None:
+            chosen_TC = queries.k_TD.new_full(
+                (len(self._slot_T), queries.num_chosen), NONE, dtype=torch.int64
+            )
+            for group, chosen_SLC in zip(self._groups, self._chosen, strict=True):
+                width = chosen_SLC.shape[2]
+                chosen_TC[group.query_SL[group.real_SL], :width] = chosen_SLC[group.real_SL]
+        routes.keys(queries.layer, chosen_TC)
+
+    def _choose(self, queries: IndexQueries, keys: Tensor) -> list[Tensor]:
+        """By each group's queries, `[S, L, C]`."""
+        parts = []
         for group in self._groups:
             q_SLID, weight_SLI = (x[group.query_SL] for x in (queries.q_TID, queries.weight_TI))
             k_SKD = paged.gather(keys, group.pages_SP)[:, 0]
             at_SL = torch.from_numpy(group.sight.at_SL).to(q_SLID.device)
-            self._chosen.append(choose(q_SLID, k_SKD, weight_SLI, at_SL, queries.num_chosen))
+            parts.append(choose(q_SLID, k_SKD, weight_SLI, at_SL, queries.num_chosen))
+        return parts
 
     def _attend_group(
         self, heads: Heads, q_SLHD: Tensor, keys: Tensor, values: Tensor, index: int

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openmint.kernels import paged_decode
 from openmint.layers.attention import Heads, KVCache
+from openmint.layers.routes import Routes
 from openmint.layers.sparse import IndexQueries
 from openmint.types import IntArray
 
@@ -46,7 +47,7 @@ class DecodeAttention:
         )
         return DecodeAttention(cache, place, table, length)
 
-    def choose(self, queries: IndexQueries) -> None:
+    def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
         raise AssertionError("no kernel of GPUs attends to chosen keys; such a base isn't loaded")
 
     def attend(self, heads: Heads, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> Tensor:

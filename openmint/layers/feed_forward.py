@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openmint.layers.adapters import AdapterBatch
+from openmint.layers.batch import Batch
 from openmint.layers.linear import LoraLinear
 from openmint.layers.router import Router
 from openmint.layers.swiglu import silu_gate
@@ -32,7 +33,10 @@ class GatedFeedForward:
     def linears(self) -> list[LoraLinear]:
         return [self.gate_up, self.down]
 
-    def forward(self, x_TD: Tensor, adapters: AdapterBatch | None) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
+        return self.adapted(x_TD, batch.adapters)
+
+    def adapted(self, x_TD: Tensor, adapters: AdapterBatch | None) -> Tensor:
         return self.down(self._activation(self.gate_up(x_TD, adapters)), adapters)
 
 
@@ -43,21 +47,26 @@ class MixtureOfExperts:
         self,
         router: Router,
         experts: Sequence[GatedFeedForward],
-        shared: GatedFeedForward | None = None,
+        shared: GatedFeedForward | None,
+        place: int,
     ) -> None:
+        """`place` among the layers that have experts."""
         self.router, self.experts, self.shared = router, experts, shared
+        self._place = place
 
     @property
     def linears(self) -> list[LoraLinear]:
         parts = [*self.experts, *([self.shared] if self.shared else [])]
         return [linear for part in parts for linear in part.linears]
 
-    def forward(self, x_TD: Tensor, adapters: AdapterBatch | None) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
         logits_TE = self.router.logits(x_TD)
         expert_TK = self.router.choose(logits_TE.detach())
+        if batch.routes is not None:
+            expert_TK = batch.routes.experts(self._place, expert_TK)
         weight_TK = self.router.weigh(logits_TE, expert_TK)
-        y_TD = self._routed(x_TD, expert_TK, weight_TK, adapters)
-        return y_TD if self.shared is None else y_TD + self.shared.forward(x_TD, adapters)
+        y_TD = self._routed(x_TD, expert_TK, weight_TK, batch.adapters)
+        return y_TD if self.shared is None else y_TD + self.shared.forward(x_TD, batch)
 
     def _routed(
         self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, adapters: AdapterBatch | None
@@ -75,7 +84,7 @@ class MixtureOfExperts:
             rows = slice(start, start + count)
             if count:
                 own = adapters.at(token_N[rows]) if adapters else None
-                parts.append(expert.forward(x_ND[rows], own))
+                parts.append(expert.adapted(x_ND[rows], own))
             start += count
         y_TKD = torch.cat(parts)[order_N.argsort()].unflatten(0, expert_TK.shape)
         y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openmint.layers.adapters import AdapterBatch
-from openmint.layers.attention import Attention, Heads
+from openmint.layers.attention import Heads
+from openmint.layers.batch import Batch
 from openmint.layers.linear import LoraLinear
 from openmint.layers.norm import rms_norm
 from openmint.layers.rotary import Angles, rotate
@@ -39,14 +39,13 @@ class GroupedQueryAttention:
     def linears(self) -> list[LoraLinear]:
         return [self.qkv, self.out]
 
-    def forward(
-        self, x_TD: Tensor, angles: Angles, attention: Attention, adapters: AdapterBatch | None
-    ) -> Tensor:
-        heads_TW = self._normed(self.qkv(x_TD, adapters))
+    def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        heads_TW = self._normed(self.qkv(x_TD, batch.adapters))
         num_q, num_kv = self.num_heads
         turned_THD, v_TGD = rotate(heads_TW, angles, num_q + num_kv, self.head_dim)
         q_THD, k_TGD = turned_THD.split([num_q, num_kv], dim=1)
-        return self.out(attention.attend(self.heads, q_THD, k_TGD, v_TGD), adapters)
+        seen_TW = batch.attention.attend(self.heads, q_THD, k_TGD, v_TGD)
+        return self.out(seen_TW, batch.adapters)
 
     def _normed(self, heads_TW: Tensor) -> Tensor:
         """The same heads with q and k normalised, where the checkpoint does so."""

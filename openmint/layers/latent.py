@@ -19,6 +19,7 @@ from torch import Tensor
 
 from openmint.layers.adapters import AdapterBatch, LoraDelta
 from openmint.layers.attention import Attention, Heads, PackedAttention
+from openmint.layers.batch import Batch
 from openmint.layers.linear import LoraLinear
 from openmint.layers.norm import rms_norm
 from openmint.layers.rotary import Angles, rotate_halves, rotate_pairs
@@ -67,10 +68,8 @@ class LatentAttention:
         q_up = [self._q_up[1]] if self._q_up else []
         return [self._down, *q_up, self._up, self._out]
 
-    def forward(
-        self, x_TD: Tensor, angles: Angles, attention: Attention, adapters: AdapterBatch | None
-    ) -> Tensor:
-        shape = self.shape
+    def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        shape, attention, adapters = self.shape, batch.attention, batch.adapters
         latents = self._down(x_TD, adapters)
         num_q = latents.shape[1] - shape.latent - shape.turned
         q, latent_TR, turned_TP = latents.split([num_q, shape.latent, shape.turned], dim=1)
@@ -78,7 +77,8 @@ class LatentAttention:
             norm_D, q_up = self._q_up
             q = rms_norm(q.contiguous(), norm_D, NORM_EPS)
             if self._indexer is not None:
-                attention.choose(self._indexer.queries(x_TD.detach(), q.detach(), angles))
+                queries = self._indexer.queries(x_TD.detach(), q.detach(), angles)
+                attention.choose(queries, batch.routes)
             q = q_up(q, adapters)
         q_THN, q_THP = q.unflatten(1, (shape.num_heads, -1)).split(
             [shape.from_latent, shape.turned], dim=2

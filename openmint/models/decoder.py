@@ -17,13 +17,14 @@ from transformers import PretrainedConfig
 
 from openmint.errors import InvalidRequest
 from openmint.layers.adapters import AdapterBatch
-from openmint.layers.attention import NO_WINDOW, Attention, Heads, TiledPages
+from openmint.layers.attention import NO_WINDOW, Heads, TiledPages
+from openmint.layers.batch import Batch
 from openmint.layers.feed_forward import GatedFeedForward
 from openmint.layers.grouped_query import GroupedQueryAttention
 from openmint.layers.linear import LoraLinear, lora_linear
 from openmint.layers.norm import rms_norm
 from openmint.layers.rotary import Angles, Rotary
-from openmint.models.model import Batch, CacheShape
+from openmint.models.model import CacheShape, RouteShape
 from openmint.models.weights import Module
 from openmint.types import TargetModule
 
@@ -32,16 +33,14 @@ class AttentionLayer(Protocol):
     @property
     def linears(self) -> Sequence[LoraLinear]: ...
 
-    def forward(
-        self, x_TD: Tensor, angles: Angles, attention: Attention, adapters: AdapterBatch | None
-    ) -> Tensor: ...
+    def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor: ...
 
 
 class FeedForward(Protocol):
     @property
     def linears(self) -> Sequence[LoraLinear]: ...
 
-    def forward(self, x_TD: Tensor, adapters: AdapterBatch | None) -> Tensor: ...
+    def forward(self, x_TD: Tensor, batch: Batch) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,9 @@ class Block:
 
     def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
         normed_TD = rms_norm(x_TD, self.input_norm_D, self.eps)
-        x_TD = x_TD + self.attention.forward(normed_TD, angles, batch.attention, batch.adapters)
+        x_TD = x_TD + self.attention.forward(normed_TD, angles, batch)
         normed_TD = rms_norm(x_TD, self.feed_forward_norm_D, self.eps)
-        return x_TD + self.feed_forward.forward(normed_TD, batch.adapters)
+        return x_TD + self.feed_forward.forward(normed_TD, batch)
 
 
 class Decoder:
@@ -76,6 +75,7 @@ class Decoder:
         blocks: Sequence[Block],
         rotary: Rotary,
         cache_shape: CacheShape,
+        route_shape: RouteShape | None = None,
     ) -> None:
         self.layers = blocks
         self.embedding_VD = weights["model.embed_tokens.weight"]
@@ -83,7 +83,7 @@ class Decoder:
         head_VD = self.embedding_VD if config.tie_word_embeddings else weights["lm_head.weight"]
         self.head = lora_linear("unembed", [("lm_head", head_VD, None)], weights.serves_int8)
         self.eps = config.rms_norm_eps
-        self.rotary, self.cache_shape = rotary, cache_shape
+        self.rotary, self.cache_shape, self.route_shape = rotary, cache_shape, route_shape
 
     @property
     def linears(self) -> list[LoraLinear]:

@@ -7,6 +7,7 @@ Proved against `transformers` in tests/models/test_families.py.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
@@ -14,7 +15,7 @@ from openmint.layers.attention import Heads
 from openmint.layers.latent import Indexer, LatentAttention, LatentShape
 from openmint.layers.rotary import Rotary
 from openmint.models.decoder import Decoder, block, check_activation, layers_of
-from openmint.models.mixture import with_shared
+from openmint.models.mixture import with_shared, with_shared_routes
 from openmint.models.model import CacheShape
 from openmint.models.weights import Module
 
@@ -45,7 +46,10 @@ def deepseek(config: PretrainedConfig, weights: Module) -> Decoder:
     index_width = config.index_head_dim if kinds else 0
     index_shape = kinds.count("full"), index_width
     cache = CacheShape(config.num_hidden_layers, 1, width, 0, index_shape)
-    return Decoder(config, weights, blocks, rotary, cache)
+    routes = with_shared_routes(config)
+    if kinds:
+        routes = replace(routes, num_indexers=index_shape[0], num_keys=config.index_topk)
+    return Decoder(config, weights, blocks, rotary, cache, routes)
 
 
 def indexer_kinds(config: PretrainedConfig) -> list[str]:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from openmint.errors import InvalidRequest
 from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import PackedAttention, TiledPages
+from openmint.layers.batch import Batch
 from openmint.layers.rotary import Rotary
 from openmint.models.decoder import (
     Decoder,
@@ -23,7 +24,6 @@ from openmint.models.decoder import (
     head_dim_of,
     layers_of,
 )
-from openmint.models.model import Batch
 from openmint.models.tiled_dense import TiledDense
 from openmint.models.tiled_training import TiledTraining
 from openmint.models.weights import Module

@@ -24,6 +24,7 @@ from openmint.models.decoder import (
     head_dim_of,
     layers_of,
 )
+from openmint.models.model import RouteShape
 from openmint.models.weights import Module
 
 ARCHITECTURES = ("GptOssForCausalLM",)
@@ -36,16 +37,17 @@ def gpt_oss(config: PretrainedConfig, weights: Module) -> Decoder:
         window = config.sliding_window if is_windowed else None
         module = layer.under("self_attn")
         attention = grouped_query(config, module, index, window, module["sinks"])
-        blocks.append(block(config, layer, attention, _mixture(config, layer.under("mlp"))))
+        blocks.append(block(config, layer, attention, _mixture(config, layer.under("mlp"), index)))
     rotary = Rotary(config, head_dim_of(config), str(blocks[0].input_norm_D.device))
-    return Decoder(config, weights, blocks, rotary, grouped_query_cache(config))
+    shape = RouteShape(len(blocks), config.num_local_experts, config.num_experts_per_tok)
+    return Decoder(config, weights, blocks, rotary, grouped_query_cache(config), shape)
 
 
-def _mixture(config: PretrainedConfig, module: Module) -> MixtureOfExperts:
+def _mixture(config: PretrainedConfig, module: Module, index: int) -> MixtureOfExperts:
     router = TopSoftmaxRouter(
         module["router.weight"], module["router.bias"], config.num_experts_per_tok
     )
-    return MixtureOfExperts(router, _experts(config, module.under("experts")))
+    return MixtureOfExperts(router, _experts(config, module.under("experts")), None, index)
 
 
 def _experts(config: PretrainedConfig, module: Module) -> list[GatedFeedForward]:

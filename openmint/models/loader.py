@@ -63,6 +63,11 @@ def load_model(
         raise InvalidRequest(
             f"worker.serving_weights {given!r} is not supported; supported: {known}"
         )
+    if device.type != "cpu" and architecture not in dense.ARCHITECTURES:
+        raise InvalidRequest(
+            f"architecture {architecture!r} runs on CPUs only so far: its kernels for GPUs are not "
+            "written; start the worker with worker.device = cpu"
+        )
     weights = Weights(directory, DTYPES[config.dtype], device)
     module = Module(weights, "", config.serving_weights == "int8")
     model = FAMILIES[architecture](hf_config, module)

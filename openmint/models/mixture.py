@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -26,6 +27,7 @@ from openmint.models.decoder import (
     head_dim_of,
     layers_of,
 )
+from openmint.models.model import RouteShape
 from openmint.models.weights import Module, Tensors
 
 SOFTMAX = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM")
@@ -45,21 +47,26 @@ def softmax_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
     """Qwen3-MoE and OLMoE; Mixtral, whose weights always sum to one."""
     if getattr(config, "clip_qkv", None) is not None:
         raise InvalidRequest("clip_qkv is not supported; supported: a config without it")
+    dense = getattr(config, "mlp_only_layers", None) or ()
+    every = getattr(config, "decoder_sparse_step", 1)
+    layers = range(config.num_hidden_layers)
+    sparse = [index for index in layers if index not in dense and (index + 1) % every == 0]
 
     def feed_forward(module: Module, index: int) -> FeedForward:
-        dense = getattr(config, "mlp_only_layers", None) or ()
-        if index in dense or (index + 1) % getattr(config, "decoder_sparse_step", 1):
+        if index not in sparse:
             return gated(module)
         sums_to_one = getattr(config, "norm_topk_prob", True)
         router = SoftmaxRouter(module["gate.weight"], config.num_experts_per_tok, sums_to_one)
-        return MixtureOfExperts(router, experts(module, config.num_experts))
+        routed = experts(module, config.num_experts)
+        return MixtureOfExperts(router, routed, None, sparse.index(index))
 
-    return _decoder(config, weights, feed_forward)
+    shape = RouteShape(len(sparse), config.num_experts, config.num_experts_per_tok)
+    return _decoder(config, weights, feed_forward, shape)
 
 
 def sigmoid_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
     """GLM-4.5."""
-    return _decoder(config, weights, lambda module, index: with_shared(config, module, index))
+    return _decoder(config, weights, partial(with_shared, config), with_shared_routes(config))
 
 
 def mixtral(config: PretrainedConfig, weights: Module) -> Decoder:
@@ -70,9 +77,11 @@ def minimax_m2(config: PretrainedConfig, weights: Module) -> Decoder:
     def feed_forward(module: Module, index: int) -> FeedForward:
         gate_ED, bias_E = module["gate.weight"], module["e_score_correction_bias"].float()
         router = SigmoidRouter(gate_ED, bias_E, config.num_experts_per_tok, 1, 1, True, 1.0)
-        return MixtureOfExperts(router, experts(module, config.num_experts))
+        return MixtureOfExperts(router, experts(module, config.num_experts), None, index)
 
-    return _decoder(config, replace(weights, weights=OwnNames(weights.weights)), feed_forward)
+    own = replace(weights, weights=OwnNames(weights.weights))
+    shape = RouteShape(config.num_hidden_layers, config.num_experts, config.num_experts_per_tok)
+    return _decoder(config, own, feed_forward, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +103,9 @@ class OwnNames:
 
 
 def with_shared(config: PretrainedConfig, module: Module, index: int) -> FeedForward:
-    """The feed-forward layer of DeepSeek-V3 and its like: the first ones are dense, the others have
-    routed experts beside one that all tokens share."""
-    if index < config.first_k_dense_replace:
+    """The feed-forward layer of DeepSeek-V3 and its like: some, the first, are dense; the others
+    have routed experts beside one that all tokens share."""
+    if index not in (sparse := _sparse_layers(config)):
         return gated(module)
     router = SigmoidRouter(
         module["gate.weight"],
@@ -108,7 +117,21 @@ def with_shared(config: PretrainedConfig, module: Module, index: int) -> FeedFor
         config.routed_scaling_factor,
     )
     shared = gated(module.under("shared_experts")) if config.n_shared_experts else None
-    return MixtureOfExperts(router, experts(module, config.n_routed_experts), shared)
+    routed = experts(module, config.n_routed_experts)
+    return MixtureOfExperts(router, routed, shared, sparse.index(index))
+
+
+def with_shared_routes(config: PretrainedConfig) -> RouteShape:
+    """What tokens choose where feed-forward layers are those of `with_shared`."""
+    count = len(_sparse_layers(config))
+    return RouteShape(count, config.n_routed_experts, config.num_experts_per_tok)
+
+
+def _sparse_layers(config: PretrainedConfig) -> list[int]:
+    """Which of them have experts."""
+    if kinds := getattr(config, "mlp_layer_types", None):
+        return [index for index, kind in enumerate(kinds) if kind == "sparse"]
+    return list(range(config.first_k_dense_replace, config.num_hidden_layers))
 
 
 def experts(module: Module, count: int) -> list[GatedFeedForward]:
@@ -117,7 +140,10 @@ def experts(module: Module, count: int) -> list[GatedFeedForward]:
 
 
 def _decoder(
-    config: PretrainedConfig, weights: Module, feed_forward: Callable[[Module, int], FeedForward]
+    config: PretrainedConfig,
+    weights: Module,
+    feed_forward: Callable[[Module, int], FeedForward],
+    routes: RouteShape,
 ) -> Decoder:
     check_activation(config)
     window = getattr(config, "sliding_window", None)
@@ -133,4 +159,4 @@ def _decoder(
     ]
     width = int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
     rotary = Rotary(config, width, str(blocks[0].input_norm_D.device))
-    return Decoder(config, weights, blocks, rotary, grouped_query_cache(config))
+    return Decoder(config, weights, blocks, rotary, grouped_query_cache(config), routes)

@@ -8,17 +8,10 @@ from typing import Protocol
 from torch import Tensor
 
 from openmint.layers.adapters import AdapterBatch
-from openmint.layers.attention import Attention, TiledPages
+from openmint.layers.attention import TiledPages
+from openmint.layers.batch import Batch
 from openmint.layers.linear import LoraLinear
 from openmint.types import TargetModule
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Everything about a batch but its tokens: who sees whom, and which adapter serves whom."""
-
-    attention: Attention
-    adapters: AdapterBatch | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +33,27 @@ class CacheShape:
         return self.num_layers * width + self.index[0] * self.index[1]
 
 
+@dataclass(frozen=True, slots=True)
+class RouteShape:
+    """What one token chooses on its way."""
+
+    num_layers: int
+    """That have experts."""
+    num_experts: int
+    num_chosen: int
+    num_indexers: int = 0
+    num_keys: int = 0
+    """That an indexer leaves, once there are more."""
+
+
 class Model(Protocol):
     """A resident base. Shapes: T packed tokens, D hidden size, V vocabulary."""
 
     head: LoraLinear
     """Hidden states to logits; the trainer drives it in chunks, so that T x V never exists."""
     cache_shape: CacheShape
+    route_shape: RouteShape | None
+    """None: its tokens choose nothing."""
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:

@@ -18,6 +18,8 @@ from openmint.types import Digest, Tenant
 
 IsResident = Callable[[Digest], bool]
 """Whether a revision is in memory, or in a slot."""
+RoutesOf = Callable[[list[int], int], bytes]
+"""What the first tokens in these pages chose on their way."""
 
 
 class Batcher:
@@ -30,6 +32,7 @@ class Batcher:
         step_tokens: int,
         max_running: int,
         decode: DecodeText,
+        routes: RoutesOf,
     ) -> None:
         self.pool = PagePool(num_pages)
         self.page_tokens = page_tokens
@@ -37,6 +40,7 @@ class Batcher:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._step_tokens, self._max_running, self._decode = step_tokens, max_running, decode
+        self._routes = routes
         self._stops: dict[int, int] = {}
 
     @property
@@ -105,6 +109,8 @@ class Batcher:
             self._offer_full_pages(sequence)
             ran.append((sequence, outcome))
             if sequence.stop_reason is not None:
+                if sequence.work.routes:
+                    sequence.routes = self._routes(sequence.pages, sequence.num_computed)
                 self.remove(sequence)
         return ran
 

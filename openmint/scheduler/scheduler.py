@@ -137,6 +137,7 @@ class Scheduler:
             config.step_tokens,
             config.running_sequences,
             decode,
+            engine.routes,
         )
         self._decisions = decisions
         self._tiers = Tiers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from openmint.engine.plan import ChunkOutcome, MicroBatch, SampleBatch
@@ -86,6 +86,7 @@ class EngineProtocol(Protocol):
     def attach(self, revision: Digest, weights: Any) -> None: ...
     def detach(self, revision: Digest) -> None: ...
     def sample(self, batch: SampleBatch) -> list[ChunkOutcome]: ...
+    def routes(self, pages: Sequence[int], num_tokens: int) -> bytes: ...
     def score(self, weights: Any, tokens_T: IntArray) -> tuple[FloatArray, bool]: ...
 
 

@@ -43,6 +43,8 @@ class Sequence:
     tops: list[TopLogprobs] = field(default_factory=list)
     scored: list[PromptScored] = field(default_factory=list)
     stop_reason: StopReason | None = None
+    routes: bytes = b""
+    """What its computed tokens chose, once it is done."""
 
     @property
     def tenant(self) -> Tenant:
@@ -138,4 +140,4 @@ class Sequence:
             )
         assert self.stop_reason is not None
         logprobs_N = np.array(self.logprobs, dtype=np.float32)
-        return SampledSequence(ids, logprobs_N, self.stop_reason, top)
+        return SampledSequence(ids, logprobs_N, self.stop_reason, top, self.routes)

@@ -175,6 +175,8 @@ class SampleWork:
     """Candidate tokens whose log-probability is wanted at prompt positions 1..; -1 skips a cell."""
     prompt_alternatives: int = 0
     """Independent draws at the temperature of `params`, at prompt positions 1.."""
+    routes: bool = False
+    """Have the result say what the tokens chose on their way."""
     stream: bool = False
     """Send a SampleDelta after each step that produced tokens, then the SampleResult."""
     priority: Priority = Priority.INTERACTIVE

@@ -26,7 +26,9 @@ from openmint.service.pinning import Pinning
 from openmint.service.prewarming import Prewarming
 from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
+from openmint.service.replaying import Replaying
 from openmint.service.retention import Retention
+from openmint.service.route_records import RouteRecords
 from openmint.service.sampling import Sampling
 from openmint.service.schedules import Schedules
 from openmint.service.sessions import Sessions
@@ -71,6 +73,7 @@ class Gateway:
     limits: Limits
     meter: Meter
     retention: Retention
+    route_records: RouteRecords
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -138,12 +141,17 @@ def build_gateway(
     sessions = Sessions(catalog, service.session_timeout_seconds)
     limits = Limits(catalog, default_quota(service))
     meter = Meter(catalog, limits)
-    training = Training(catalog, workers, futures, sessions, limits, meter, service.seq_gap_seconds)
+    route_records = RouteRecords(service.route_record_bytes)
+    replaying = Replaying(service, route_records)
+    gap_seconds = service.seq_gap_seconds
+    training = Training(catalog, workers, futures, sessions, limits, meter, replaying, gap_seconds)
     pinning = Pinning(catalog, workers, limits, settings)
     limits.count_resident_by(
         lambda t: (training.num_runs(t), workers.sampled_revisions(t) | pinning.revisions(t))
     )
-    sampling = Sampling(catalog, workers, futures, sessions, limits)
+    sampling = Sampling(
+        catalog, workers, futures, sessions, limits, records_routes=service.replay != "off"
+    )
     collector = Collector(catalog, store, service.grace_seconds)
     probes = Probes(catalog, workers, service.drift_alarm)
     checkpoints = Checkpoints(
@@ -180,4 +188,5 @@ def build_gateway(
         limits,
         meter,
         Retention(catalog, Keep(service.keep_revisions, service.keep_rollbacks)),
+        route_records,
     )

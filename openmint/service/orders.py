@@ -27,6 +27,7 @@ from openmint.types import (
     Digest,
     LoraSpec,
     LossSpec,
+    RecordedRoutes,
     SessionId,
     TargetModule,
     TargetStack,
@@ -107,7 +108,7 @@ ERRORS = {
 CODEC = Codec(
     (
         *(StartOrder, LoadOrder, SaveOrder, SamplerOrder, TrainWork, OptimWork),
-        *(CreateRun, RestoreRun, LoraSpec, AdamParams, Datum, LossSpec),
+        *(CreateRun, RestoreRun, LoraSpec, AdamParams, Datum, RecordedRoutes, LossSpec),
         *(TrainResult, OptimResult, Failure),
         *(BaseInfo, TargetStack, TargetModule),
     )

@@ -92,9 +92,11 @@ class Sampling:
         futures: Futures,
         sessions: Sessions,
         limits: Limits,
+        *,
+        records_routes: bool,
     ) -> None:
         self._catalog, self._workers, self._futures = catalog, workers, futures
-        self._limits = limits
+        self._limits, self._records_routes = limits, records_routes
         self._sessions = sessions
         self._samplers: dict[str, Sampler] = {}
         sessions.on_close(self.close_session)
@@ -202,7 +204,7 @@ class Sampling:
             return known
         self._limits.check_sample(sampler.tenant, sampler.revision)
         future = self._futures.open(sampler.tenant, "sample", key, content)
-        work = sample_work(sampler, request)
+        work = replace(sample_work(sampler, request), routes=self._records_routes)
         feed = sampler.feed_of((seq or 0) // CLONE_STRIDE)
 
         async def run() -> None:

@@ -62,6 +62,7 @@ from openmint.service.orders import (
     needs_of,
 )
 from openmint.service.rebuilding import next_seq_of, past_of
+from openmint.service.replaying import Replaying
 from openmint.service.request_log import RequestLog
 from openmint.service.sessions import Sessions
 from openmint.service.workers import Workers
@@ -179,11 +180,12 @@ class Training:
         sessions: Sessions,
         limits: Limits,
         meter: Meter,
+        replaying: Replaying,
         gap_seconds: float,
     ) -> None:
         self._catalog, self._workers, self._futures = catalog, workers, futures
         self._sessions, self._gap_seconds = sessions, gap_seconds
-        self._limits, self._meter = limits, meter
+        self._limits, self._meter, self._replaying = limits, meter, replaying
         self._log = RequestLog(catalog)
         self._runs: dict[RunId, LiveRun] = {}
         self._dormant: dict[Digest, list[Dormant]] = defaultdict(list)
@@ -448,7 +450,9 @@ class Training:
         filled = tuple(_filled(datum, loss) for datum in data)
         work = TrainWork(run.run_id, run.tenant, filled, loss, forward_only)
         kind = "forward" if forward_only else "forward_backward"
-        return self.submit(run, seq, kind, fingerprint(work), work)
+        content = fingerprint(work)
+        routed = self._replaying.routed(run.tenant, run.base.digest, filled, loss)
+        return self.submit(run, seq, kind, content, replace(work, data=routed))
 
     async def _pass(self, run: LiveRun, _seq: int, work: TrainWork) -> object:
         result = await self.call(run, work)
@@ -692,7 +696,8 @@ async def _encoded(order: Order) -> bytes:
 
 def _num_bytes(work: TrainWork) -> int:
     arrays = [array for datum in work.data for array in (datum.tokens_N, *datum.inputs.values())]
-    return sum(array.nbytes for array in arrays)
+    records = [len(datum.routes.record) for datum in work.data if datum.routes]
+    return sum(array.nbytes for array in arrays) + sum(records)
 
 
 def _heard(task: asyncio.Task[None]) -> None:

@@ -113,7 +113,7 @@ def paged_sampler(num_pages: int) -> SampleLane:
     # What an earlier owner left in a page must never be seen.
     cache.keys.fill_(1e3)
     cache.values.fill_(1e6)
-    return SampleLane(model, cache, alone)
+    return SampleLane(model, cache, None, alone)
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -11,8 +11,8 @@ import torch
 from openmint.config import WorkerConfig
 from openmint.errors import InvalidRequest
 from openmint.layers.attention import PackedAttention
+from openmint.layers.batch import Batch
 from openmint.models.loader import load_model
-from openmint.models.model import Batch
 from openmint.types import Digest
 from tests.workbench import FAMILIES, Workbench, prompt_of, random_model, reference
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from openmint.errors import InvalidRequest
 from openmint.layers.attention import PackedAttention
-from openmint.models.model import Batch
+from openmint.layers.batch import Batch
 from openmint.scheduler.work import SampleWork
 from openmint.types import LoraSpec, RunId, SamplingParams, Tenant
 from tests.adapted import AdaptedReference

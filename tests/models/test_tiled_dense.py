@@ -28,8 +28,9 @@ from openmint.layers.adapters import (
     GradientSink,
 )
 from openmint.layers.attention import PackedAttention, TiledCache, TiledPages
+from openmint.layers.batch import Batch
 from openmint.models.loader import load_model
-from openmint.models.model import Batch, Model
+from openmint.models.model import Model
 from openmint.types import Digest, LoraSpec
 from tests.workbench import FAMILIES, reference
 

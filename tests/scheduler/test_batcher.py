@@ -26,7 +26,7 @@ class Loop:
 
     def __init__(self, num_pages: int = 64, step_tokens: int = 32, max_running: int = 8) -> None:
         decode = str
-        self.batcher = Batcher(num_pages, PAGE, step_tokens, max_running, decode)
+        self.batcher = Batcher(num_pages, PAGE, step_tokens, max_running, decode, lambda *_: b"")
         self.clock, self.step_tokens = TenantClock(), step_tokens
         self.resident: set[Digest] = set()
         self.cache: dict[tuple[int, int], tuple[Digest | None, tuple[int, ...]]] = {}
