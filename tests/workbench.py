@@ -99,6 +99,11 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "minimax-m2": (
+        "MiniMaxM2Config",
+        {"head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
     "gpt-oss": (
         "GptOssConfig",
         {

@@ -20,6 +20,8 @@ FAMILIES: dict[str, Callable[[PretrainedConfig, Module], Model]] = {
     **dict.fromkeys(dense.ARCHITECTURES, dense.DenseModel),
     **dict.fromkeys(mixture.SOFTMAX, mixture.softmax_mixture),
     **dict.fromkeys(mixture.SIGMOID, mixture.sigmoid_mixture),
+    **dict.fromkeys(mixture.MIXTRAL, mixture.mixtral),
+    **dict.fromkeys(mixture.MINIMAX, mixture.minimax_m2),
     **dict.fromkeys(gpt_oss.ARCHITECTURES, gpt_oss.gpt_oss),
     **dict.fromkeys(deepseek.ARCHITECTURES, deepseek.deepseek),
 }
@@ -27,6 +29,8 @@ FAMILIES: dict[str, Callable[[PretrainedConfig, Module], Model]] = {
 
 SERVING_WEIGHTS = ("same", "int8")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DEQUANTIZED_BY = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Quantizations that `transformers` undoes as it loads, and its settings for them."""
 
 
 def load_model(
@@ -34,7 +38,7 @@ def load_model(
 ) -> tuple[Model, BaseInfo]:
     """The base in `directory`, resident on the configured device, and what to tell others of it.
 
-    Raises InvalidRequest for an architecture, dtype or layout that is not supported.
+    Raises InvalidRequest for an architecture, dtype, layout or quantization that is not supported.
     """
     if config.dtype not in DTYPES:
         known = ", ".join(DTYPES)
@@ -48,6 +52,11 @@ def load_model(
     if architecture not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise InvalidRequest(f"architecture {architecture!r} is not supported; supported: {known}")
+    if method := quantization_of(hf_config):
+        raise InvalidRequest(
+            f"{directory} holds weights quantized by {method!r}, which are not read; "
+            + _remedy(directory, method)
+        )
     device = torch.device(config.device)
     if config.serving_weights not in SERVING_WEIGHTS:
         known, given = ", ".join(SERVING_WEIGHTS), config.serving_weights
@@ -64,6 +73,22 @@ def load_model(
     model = FAMILIES[architecture](hf_config, module)
     info = describe(model, hf_config, config, name=name, digest=digest, directory=str(directory))
     return model, replace(info, eos_token_ids=_eos_token_ids(directory, hf_config))
+
+
+def quantization_of(config: PretrainedConfig) -> str | None:
+    """How the checkpoint of this config is quantized; None: it isn't."""
+    found = getattr(config, "quantization_config", None)
+    return str(found.get("quant_method", "unknown")) if found else None
+
+
+def _remedy(directory: Path, method: str) -> str:
+    if method not in DEQUANTIZED_BY:
+        return "use a checkpoint in bfloat16"
+    return (
+        "use a checkpoint in bfloat16, or make one with "
+        f"`AutoModelForCausalLM.from_pretrained({str(directory)!r}, "
+        f"quantization_config={DEQUANTIZED_BY[method]}(dequantize=True)).save_pretrained(FOLDER)`"
+    )
 
 
 def describe(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from openmint.errors import InvalidRequest
 from openmint.models.embedded import copy_tokenizer
 
 PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])")
+FUSED = re.compile(r"(.+\.experts)(\.base_layer)?")
+"""PEFT's paths of one expert's projection; of all experts' `gate_up_proj`, or `down_proj`."""
+USUAL_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+Sides = tuple[Tensor, Tensor]
+"""`A [r, in]` and `B [out, r]`."""
 
 
 def merge_into_folder(
@@ -20,8 +28,9 @@ def merge_into_folder(
 ) -> None:
     """Write `base` with `scaling * B @ A` added, in bf16, and its tokenizer to `target`.
 
-    `adapter` has the names of a PEFT file. Sums are made in fp32 and rounded once. A tied
-    output layer that the adapter changes is untied first, so that the embedding stays as it was.
+    `adapter` has the names of a PEFT file, in either layout of experts. Sums are made in fp32 and
+    rounded once. A tied output layer that the adapter changes is untied first, so that the
+    embedding stays as it was.
     Raises InvalidRequest when `target` holds files already or a tensor fits no module of the base.
     """
     from transformers import AutoModelForCausalLM
@@ -36,9 +45,15 @@ def merge_into_folder(
         _untie(model)
     with torch.no_grad():
         for path in paths:
-            weight = _weight_of(model, path)
-            weight += _update(adapter, path, scaling, weight)
-    model.to(torch.bfloat16).save_pretrained(target)
+            weights = _weights_of(model, path)
+            sides = _sides_of(adapter, path, len(weights))
+            for weight_OI, (a_RI, b_OR) in zip(weights, sides, strict=True):
+                _check_fits(path, weight_OI, a_RI, b_OR)
+                weight_OI += scaling * (b_OR @ a_RI)
+    # Not `model.to`: a router's bias is a buffer, and stays as exact as it is.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(target)
     copy_tokenizer(base, target)
 
 
@@ -58,22 +73,48 @@ def _names(adapter: Mapping[str, Tensor], suffix: str) -> list[str]:
     return [name for name in adapter if name.startswith(PREFIX) and name.endswith(suffix)]
 
 
-def _weight_of(model: torch.nn.Module, path: str) -> Tensor:
+def _weights_of(model: torch.nn.Module, path: str) -> list[Tensor]:
+    """The weights `[out, in]` that one A and B of a file change: one, or one for each expert."""
     try:
-        weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
-    except AttributeError:
+        if match := EXPERT.fullmatch(path):
+            experts = model.get_submodule(match[1].replace("block_sparse_moe", "mlp"))
+            return [_projection(experts, int(match[2]), USUAL_NAMES.get(match[3], match[3]))]
+        if match := FUSED.fullmatch(path):
+            experts = model.get_submodule(match[1])
+            name = "gate_up_proj" if match[2] else "down_proj"
+            return [_of_expert(experts, name, i) for i in range(len(getattr(experts, name)))]
+        return [model.get_submodule(path).weight]  # type: ignore[list-item]
+    except (AttributeError, IndexError):
         raise InvalidRequest(f"the base has no module {path!r} for the adapter's tensors") from None
-    return weight
 
 
-def _update(adapter: Mapping[str, Tensor], path: str, scaling: float, weight: Tensor) -> Tensor:
-    A = adapter[PREFIX + path + A_SUFFIX].float()
-    B = adapter[PREFIX + path + B_SUFFIX].float()
-    if (B.shape[0], A.shape[1]) != tuple(weight.shape) or B.shape[1] != A.shape[0]:
-        raise InvalidRequest(
-            f"{path}: B {tuple(B.shape)} times A {tuple(A.shape)} doesn't fit {tuple(weight.shape)}"
-        )
-    return scaling * (B @ A)
+def _projection(experts: torch.nn.Module, expert: int, name: str) -> Tensor:
+    if name == "down_proj":
+        return _of_expert(experts, name, expert)
+    both = _of_expert(experts, "gate_up_proj", expert)
+    gate, up = both.chunk(2) if experts.is_concatenated else (both[::2], both[1::2])
+    return gate if name == "gate_proj" else up
+
+
+def _of_expert(experts: torch.nn.Module, name: str, expert: int) -> Tensor:
+    """`[out, in]`, however the base has it."""
+    weight: Tensor = getattr(experts, name)[expert]
+    return weight.t() if experts.is_transposed else weight
+
+
+def _sides_of(adapter: Mapping[str, Tensor], path: str, count: int) -> Iterator[Sides]:
+    """A and B of each of `count` experts, or of one weight."""
+    a, b = (adapter[PREFIX + path + suffix].float() for suffix in (A_SUFFIX, B_SUFFIX))
+    if len(a) % count or b.shape[1] % count:
+        raise InvalidRequest(f"{path}: A and B aren't those of {count} experts")
+    # PEFT has an expert's rows of A together, and its columns of B apart.
+    return zip(a.unflatten(0, (count, -1)), b.unflatten(1, (-1, count)).unbind(-1), strict=True)
+
+
+def _check_fits(path: str, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor) -> None:
+    if (len(b_OR), a_RI.shape[1]) != tuple(weight_OI.shape) or b_OR.shape[1] != len(a_RI):
+        shapes = tuple(b_OR.shape), tuple(a_RI.shape), tuple(weight_OI.shape)
+        raise InvalidRequest("{}: B {} times A {} doesn't fit {}".format(path, *shapes))
 
 
 def _untie(model: torch.nn.Module) -> None:

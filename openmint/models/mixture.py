@@ -1,4 +1,4 @@
-"""Mixtures of experts over grouped-query attention: Qwen3-MoE, OLMoE, Mixtral, GLM-4.5.
+"""Mixtures of experts over grouped-query attention: Qwen3-MoE, OLMoE, GLM-4.5, Mixtral, MiniMax-M2.
 
 Proved against `transformers` in tests/models/test_families.py.
 """
@@ -6,8 +6,10 @@ Proved against `transformers` in tests/models/test_families.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from openmint.errors import InvalidRequest
@@ -26,14 +28,23 @@ from openmint.models.decoder import (
     layers_of,
 )
 from openmint.models.model import RouteShape
-from openmint.models.weights import Module
+from openmint.models.weights import Module, Tensors
 
 SOFTMAX = ("Qwen3MoeForCausalLM", "OlmoeForCausalLM")
 SIGMOID = ("Glm4MoeForCausalLM",)
+MIXTRAL = ("MixtralForCausalLM",)
+MINIMAX = ("MiniMaxM2ForCausalLM",)
+OWN_NAMES = {
+    ".mlp.": ".block_sparse_moe.",
+    ".gate_proj.": ".w1.",
+    ".up_proj.": ".w3.",
+    ".down_proj.": ".w2.",
+}
+"""What the checkpoints of these two call what `transformers`, and we, name as in other families."""
 
 
 def softmax_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
-    """Qwen3-MoE and OLMoE."""
+    """Qwen3-MoE and OLMoE; Mixtral, whose weights always sum to one."""
     if getattr(config, "clip_qkv", None) is not None:
         raise InvalidRequest("clip_qkv is not supported; supported: a config without it")
     dense = getattr(config, "mlp_only_layers", None) or ()
@@ -44,9 +55,8 @@ def softmax_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
     def feed_forward(module: Module, index: int) -> FeedForward:
         if index not in sparse:
             return gated(module)
-        router = SoftmaxRouter(
-            module["gate.weight"], config.num_experts_per_tok, config.norm_topk_prob
-        )
+        sums_to_one = getattr(config, "norm_topk_prob", True)
+        router = SoftmaxRouter(module["gate.weight"], config.num_experts_per_tok, sums_to_one)
         routed = experts(module, config.num_experts)
         return MixtureOfExperts(router, routed, None, sparse.index(index))
 
@@ -57,6 +67,39 @@ def softmax_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
 def sigmoid_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
     """GLM-4.5."""
     return _decoder(config, weights, partial(with_shared, config), with_shared_routes(config))
+
+
+def mixtral(config: PretrainedConfig, weights: Module) -> Decoder:
+    return softmax_mixture(config, replace(weights, weights=OwnNames(weights.weights)))
+
+
+def minimax_m2(config: PretrainedConfig, weights: Module) -> Decoder:
+    def feed_forward(module: Module, index: int) -> FeedForward:
+        gate_ED, bias_E = module["gate.weight"], module["e_score_correction_bias"].float()
+        router = SigmoidRouter(gate_ED, bias_E, config.num_experts_per_tok, 1, 1, True, 1.0)
+        return MixtureOfExperts(router, experts(module, config.num_experts), None, index)
+
+    own = replace(weights, weights=OwnNames(weights.weights))
+    shape = RouteShape(config.num_hidden_layers, config.num_experts, config.num_experts_per_tok)
+    return _decoder(config, own, feed_forward, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnNames:
+    """The tensors of such a checkpoint, by the usual names."""
+
+    tensors: Tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self._own(name)]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(self._own(name))
+
+    def _own(self, name: str) -> str:
+        for usual, own in OWN_NAMES.items():
+            name = name.replace(usual, own)
+        return name
 
 
 def with_shared(config: PretrainedConfig, module: Module, index: int) -> FeedForward:

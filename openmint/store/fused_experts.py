@@ -4,7 +4,8 @@ Two tensors each for `gate_up_proj` and `down_proj` of a layer hold all experts:
 with an expert's rows together, B `[out, r * E]` with an expert's columns *apart*: column `rank * E
 + expert` (measured with peft 0.21). gate and up share their input, hence in PEFT also their A. An
 adapter whose gate and up have A's of their own is written with twice the rank and a block-diagonal
-B. Shapes: E experts, R rank, I in, O out; G is the rank of `gate_up_proj`, R or 2 R.
+B. The rows of gate come before those of up, but alternate with them in gpt-oss. Shapes: E experts,
+R rank, I in, O out; G is the rank of `gate_up_proj`, R or 2 R.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from openmint.errors import InvalidRequest
 from openmint.types import TargetStack
 
 Values = npt.NDArray[Any]
@@ -38,6 +38,8 @@ class FusedExperts:
     """Which row of the stacks they are."""
     gate: TargetStack
     down: TargetStack
+    alternates: bool
+    """Whether every other row of `gate_up_proj` is gate's."""
 
     def names(self, prefix: str) -> tuple[str, str, str, str]:
         """A and B of `gate_up_proj`, A and B of `down_proj`."""
@@ -62,22 +64,14 @@ class FusedExperts:
     def take_apart(
         self, value_of: Callable[[str], Values], prefix: str, rank: int, gate_up_rank: int
     ) -> dict[str, Pair]:
-        """`gate_proj`, `up_proj` and `down_proj`. Raises InvalidRequest for a `gate_up_proj` of
-        twice the rank in which gate or up uses both halves."""
+        """`gate_proj` and `up_proj`, both of `gate_up_rank`, and `down_proj`."""
         gate_up_a, gate_up_b, down_a, down_b = map(value_of, self.names(prefix))
-        a_EGI, b_OGE = self._by_expert(gate_up_a, gate_up_b, gate_up_rank)
-        num_out = self.gate.num_out
-        gate_OGE, up_OGE = b_OGE[:num_out], b_OGE[num_out:]
-        if gate_up_rank > rank and (gate_OGE[:, rank:].any() or up_OGE[:, :rank].any()):
-            raise InvalidRequest(
-                f"{self.path}: gate_up_proj has rank {gate_up_rank}, twice that of the others, and "
-                "gate or up uses more than half of it; train it at their rank"
-            )
-        down = self._by_expert(down_a, down_b, rank)
+        a_EGI, b_EGO = self._by_expert(gate_up_a, gate_up_b, gate_up_rank)
+        gate, up = self._rows
         return {
-            GATE: (a_EGI[:, :rank], gate_OGE[:, :rank].transpose(2, 1, 0)),
-            UP: (a_EGI[:, -rank:], up_OGE[:, -rank:].transpose(2, 1, 0)),
-            DOWN: (down[0], down[1].transpose(2, 1, 0)),
+            GATE: (a_EGI, b_EGO[..., gate]),
+            UP: (a_EGI, b_EGO[..., up]),
+            DOWN: self._by_expert(down_a, down_b, rank),
         }
 
     def join(self, parts: Mapping[str, Pair], prefix: str) -> dict[str, Values]:
@@ -85,8 +79,9 @@ class FusedExperts:
         (gate_a, gate_b), (up_a, up_b), (down_a, down_b) = (parts[n] for n in (GATE, UP, DOWN))
         count, rank, width = gate_a.shape
         gate_up_OGE = np.zeros((2 * self.gate.num_out, 2 * rank, count), gate_b.dtype)
-        gate_up_OGE[: self.gate.num_out, :rank] = gate_b.transpose(2, 1, 0)
-        gate_up_OGE[self.gate.num_out :, rank:] = up_b.transpose(2, 1, 0)
+        gate, up = self._rows
+        gate_up_OGE[gate, :rank] = gate_b.transpose(2, 1, 0)
+        gate_up_OGE[up, rank:] = up_b.transpose(2, 1, 0)
         values = (
             np.concatenate([gate_a, up_a], axis=1).reshape(-1, width),
             gate_up_OGE.reshape(len(gate_up_OGE), -1),
@@ -95,9 +90,31 @@ class FusedExperts:
         )
         return dict(zip(self.names(prefix), values, strict=True))
 
+    @property
+    def _rows(self) -> tuple[slice, slice]:
+        """Of `gate_up_proj`: those of gate, those of up."""
+        if self.alternates:
+            return slice(0, None, 2), slice(1, None, 2)
+        return slice(self.gate.num_out), slice(self.gate.num_out, None)
+
     def _by_expert(self, a: Values, b: Values, rank: int) -> Pair:
         count = self.gate.grid[-1]
-        return a.reshape(count, rank, a.shape[1]), b.reshape(b.shape[0], rank, count)
+        b_ORE = b.reshape(b.shape[0], rank, count)
+        return a.reshape(count, rank, a.shape[1]), b_ORE.transpose(2, 1, 0)
+
+
+def halved(layer: Mapping[str, Pair], rank: int) -> dict[str, Pair] | None:
+    """A layer whose gate uses the first `rank` rows of their common A alone, and up the others:
+    each with its own. None where one of them uses more."""
+    gate_a, gate_b = layer[GATE]
+    up_a, up_b = layer[UP]
+    if gate_b[:, rank:].any() or up_b[:, :rank].any():
+        return None
+    return {
+        GATE: (gate_a[:, :rank], gate_b[:, :rank]),
+        UP: (up_a[:, rank:], up_b[:, rank:]),
+        DOWN: layer[DOWN],
+    }
 
 
 def has_experts(stack: TargetStack) -> bool:
@@ -105,7 +122,7 @@ def has_experts(stack: TargetStack) -> bool:
     return len(stack.grid) == 2
 
 
-def fused_experts(stacks: Iterable[TargetStack]) -> list[FusedExperts]:
+def fused_experts(stacks: Iterable[TargetStack], *, alternates: bool) -> list[FusedExperts]:
     """The expert modules among them, layer by layer."""
     by_leaf = {stack.name.rpartition(".")[2]: stack for stack in stacks if has_experts(stack)}
     if not by_leaf:
@@ -113,4 +130,4 @@ def fused_experts(stacks: Iterable[TargetStack]) -> list[FusedExperts]:
     gate, down = by_leaf[GATE], by_leaf[DOWN]
     num_layers, count = gate.grid
     paths = [gate.targets[layer * count].path.rsplit(".", 2)[0] for layer in range(num_layers)]
-    return [FusedExperts(path, layer, gate, down) for layer, path in enumerate(paths)]
+    return [FusedExperts(path, layer, gate, down, alternates) for layer, path in enumerate(paths)]

@@ -6,6 +6,7 @@ The reference is `transformers`' own Qwen3-MoE with `B @ A` added to each expert
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +26,9 @@ from openmint.store.adapter_file import (
     expected_tensors,
     from_float32,
 )
+from openmint.store.expert_files import Experts
 from openmint.store.fused_experts import PARAMETERS
-from openmint.store.peft_file import Experts, from_peft, to_peft
+from openmint.store.peft_file import from_peft, to_peft
 from openmint.types import BaseInfo, Digest, LoraSpec, TargetModule, stacks_of
 
 CONFIG = transformers.Qwen3MoeConfig(
@@ -194,6 +196,8 @@ def test_a_fused_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         {"target_parameters": ["mlp.experts.down_proj"]},
         {"target_parameters": None},
         {"target_parameters": [[]]},
+        {"target_parameters": 3},
+        {"target_parameters": [*PARAMETERS, "mlp.experts.other"]},
         {"rank_pattern": {"gate_up_proj": 4}},
         {"rank_pattern": {"gate_up_proj": 4}, "alpha_pattern": {"gate_up_proj": 6}},
         {"rank_pattern": {"q_proj": 4}},
@@ -210,11 +214,29 @@ def test_a_fused_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         from_peft(safetensors.torch.save(tensors), config, BASE)
 
 
-def test_gate_and_up_that_share_what_we_keep_apart_are_refused(tmp_path: Path) -> None:
-    files = to_peft(adapter_of(random_values()), BASE, "fused")
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")
+def test_gate_and_up_that_use_all_of_what_they_share_have_its_rank_the_others_zeros(
+    tmp_path: Path,
+) -> None:
+    files = dict(to_peft(adapter_of(random_values()), BASE, "fused"))
     tensors = safetensors.torch.load(files["adapter_model.safetensors"])
     name = next(name for name in tensors if name.endswith("experts.base_layer.lora_B.weight"))
-    tensors[name] += 1.0
+    tensors[name] += 0.1
+    files["adapter_model.safetensors"] = safetensors.torch.save(tensors)
     config = json.loads(files["adapter_config.json"])
-    with pytest.raises(InvalidRequest, match=r"mlp\.experts: gate_up_proj has rank 4"):
-        from_peft(safetensors.torch.save(tensors), config, BASE)
+    data = from_peft(files["adapter_model.safetensors"], config, BASE)
+    assert check_adapter(data, BASE).spec == LoraSpec(4, 12.0, train_unembed=False)
+    ours = {name: t.numpy() for name, t in safetensors.torch.load(data).items()}
+    assert not ours["mlp.experts.down_proj.lora_B"][:, :, 2:].any()
+    expected = peft_logits(files, tmp_path / "in")
+    torch.testing.assert_close(merged_logits(ours), expected, atol=1e-5, rtol=1e-5)
+    narrow = dataclasses.replace(BASE, max_rank=3)
+    with pytest.raises(InvalidRequest, match=r"adapter rank 4 is outside 1\.\.3"):
+        from_peft(files["adapter_model.safetensors"], config, narrow)
+
+
+def test_parameters_of_experts_are_refused_where_the_file_has_them_one_by_one() -> None:
+    files = to_peft(adapter_of(random_values()), BASE, "each")
+    config = {**json.loads(files["adapter_config.json"]), "target_parameters": PARAMETERS}
+    with pytest.raises(InvalidRequest, match="target_parameters"):
+        from_peft(files["adapter_model.safetensors"], config, BASE)
