@@ -25,6 +25,7 @@ from openmint.kernels import (
     softmax,
     swiglu,
 )
+from openmint.kernels.jit import as_array
 from openmint.kernels.team import team
 from openmint.kernels.tile import IS_AVAILABLE
 
@@ -62,7 +63,9 @@ def _compile_tiles() -> None:
     linear.forward(x_TI, y_TO, weights, linear.NO_ADAPTERS, 0)
     linear.backward(x_TI, np.array([16]), 48, weights, linear.NO_ADAPTERS, 0)
     h_TR = torch.ones(1, 8, dtype=torch.bfloat16)
-    linear.add_outer_(torch.zeros(8, 32), h_TR, 0, y_TO, 0, slice(0, 1))
+    linear.add_outer_(
+        np.zeros((8, 32), np.float32), as_array(h_TR), 0, as_array(y_TO), 0, slice(0, 1)
+    )
     adapter = adapter_tiles.plan(1, [[adapter_tiles.Target(0, 16, 16, 16)]], "forth")
     adapter_tiles.lay_out(torch.ones(32, dtype=torch.bfloat16), adapter)
     _compile_steps(memory, panels_P3)

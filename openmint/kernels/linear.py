@@ -47,6 +47,7 @@ from openmint.kernels.tile import (
     strip,
     tile,
 )
+from openmint.types import AnyArray
 
 FEW, MANY = 4, 256
 """Rows of a team's piece of work, of small operations and of products."""
@@ -472,13 +473,12 @@ def _add_outer(
 
 
 def add_outer_(
-    grad_RI: Tensor, h_TR: Tensor, row: int, x_TI: Tensor, column: int, tokens: slice
+    grad_RI: AnyArray, h_TR: AnyArray, row: int, x_TI: AnyArray, column: int, tokens: slice
 ) -> None:
     """`grad_RI += h.T @ x` in float32 over some tokens, of the rows and columns that begin where
     said; rows are padded to whole strips in h."""
-    assert grad_RI.dtype == torch.float32
-    arrays = as_array(h_TR), row, as_array(x_TI), column
-    _add_outer(*arrays, tokens.start, tokens.stop, as_array(grad_RI))
+    assert grad_RI.dtype == np.float32
+    _add_outer(h_TR, row, x_TI, column, tokens.start, tokens.stop, grad_RI)
 
 
 def forward(

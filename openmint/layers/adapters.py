@@ -27,7 +27,16 @@ from torch import Tensor
 from openmint.kernels import linear as tiled
 from openmint.kernels.adapter_tiles import Direction, Plan, Target, lay_out, padded, plan
 from openmint.kernels.choice import use_triton
-from openmint.types import Digest, IntArray, LoraSpec, TargetGroup, TargetModule, stacks_of
+from openmint.kernels.jit import as_array
+from openmint.types import (
+    AnyArray,
+    Digest,
+    IntArray,
+    LoraSpec,
+    TargetGroup,
+    TargetModule,
+    stacks_of,
+)
 
 if TYPE_CHECKING:
     from openmint.kernels.segmented import Segments
@@ -64,6 +73,7 @@ class AdapterLayout:
                 starts = self.num_params + layer * size_a, bs_start + layer * size_b
                 self.starts[target.path] = starts
             self.num_params = bs_start + len(stack.targets) * size_b
+        self._widths = {target.path: (target.num_in, target.num_out) for target in targets}
         self._plans: dict[tuple[tuple[Fused, ...], Direction], Plan] = {}
 
     def plan(self, layers: tuple[Fused, ...], direction: Direction) -> Plan:
@@ -85,6 +95,13 @@ class AdapterLayout:
             )
             for target in self.targets
         }
+
+    def arrays(self, flat_P: AnyArray, path: str) -> tuple[AnyArray, AnyArray]:
+        """`(A_RI, B_RO)` of one target, views too; a tenth of the time that tensors would take."""
+        sides = []
+        for start, width in zip(self.starts[path], self._widths[path], strict=True):
+            sides.append(flat_P[start : start + self.spec.rank * width].reshape(-1, width))
+        return sides[0], sides[1]
 
     def _view(self, flat_P: Tensor, start: int, width: int) -> Tensor:
         return flat_P[start : start + self.spec.rank * width].view(self.spec.rank, width)
@@ -278,8 +295,7 @@ class GradientSink:
     def __init__(self, stack: AdapterStack, grads_SP: Sequence[Tensor]) -> None:
         self._stack = stack
         self._grads_SP = tuple(grads_SP)
-        pairs = zip(stack.adapters, grads_SP, strict=True)
-        self._views = [adapter.layout.views(grad_P) for adapter, grad_P in pairs]
+        self._views: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 
     @cached_property
     def addresses(self) -> Tensor:
@@ -289,14 +305,25 @@ class GradientSink:
 
     def views(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
         """`path -> (A_RI, B_RO)` of one slot's gradient."""
+        if slot not in self._views:
+            layout = self._stack.adapters[slot].layout
+            self._views[slot] = layout.views(self._grads_SP[slot])
         return self._views[slot]
+
+    def arrays(self, slot: int, path: str) -> tuple[AnyArray, AnyArray]:
+        """`(A_RI, B_RO)` of one target of a slot's gradient, on CPUs."""
+        return self._stack.adapters[slot].layout.arrays(self._flats[slot], path)
+
+    @cached_property
+    def _flats(self) -> list[AnyArray]:
+        return [as_array(grad_P) for grad_P in self._grads_SP]
 
     def add_stacked(
         self, group: TargetGroup, path: str, grad_a_RI: Tensor, grad_b_RO: Tensor
     ) -> None:
         """Add one target's gradients, all slots' rows in order."""
         for slot, start, stop in self._stack.row_ranges(group):
-            a_RI, b_RO = self._views[slot][path]
+            a_RI, b_RO = self.views(slot)[path]
             a_RI += grad_a_RI[start:stop]
             b_RO += grad_b_RO[start:stop]
 

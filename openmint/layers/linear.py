@@ -17,10 +17,11 @@ from torch import Tensor
 from openmint.errors import InvalidRequest
 from openmint.kernels import linear as tiled
 from openmint.kernels.adapter_tiles import Direction, padded
+from openmint.kernels.jit import as_array
 from openmint.kernels.team import Together, alone
 from openmint.kernels.tile import IS_AVAILABLE, STRIP
 from openmint.layers.adapters import AdapterBatch, GradientSink, LoraDelta
-from openmint.types import TargetGroup, TargetModule
+from openmint.types import AnyArray, TargetGroup, TargetModule
 
 _InMemory = tuple[tiled.Weights, Tensor]
 """A weight as kernels see it, and the memory that it points to."""
@@ -204,9 +205,10 @@ class TiledLinear(LoraLinear):
             grad_TO, self._ends_N, self.num_in, self.back, slots, num_rows
         )
         if adapters is not None and adapters.sink is not None and h_TR is not None:
+            of_all = tuple(map(as_array, (grad_TO, x_TI, h_TR, grad_h_TR)))
             for slot, rows in adapters.runs:
-                if self.paths[0] in adapters.stack.adapters[slot].views:
-                    self._give(adapters.sink, slot, rows, (grad_TO, x_TI, h_TR, grad_h_TR))
+                if adapters.stack.adapters[slot].has(self.paths[0]):
+                    self._give(adapters.sink, slot, rows, of_all)
         return grad_x_TI
 
     def _slots(
@@ -218,11 +220,13 @@ class TiledLinear(LoraLinear):
         num_rows = adapters.stack.widest * len(self.parts)
         return adapters.slots(self.paths, direction), num_rows
 
-    def _give(self, sink: GradientSink, slot: int, rows: slice, of_all: tuple[Tensor, ...]) -> None:
+    def _give(
+        self, sink: GradientSink, slot: int, rows: slice, of_all: tuple[AnyArray, ...]
+    ) -> None:
         """Add the gradients of one slot, whose tokens are these rows, to the sink."""
         grad_TO, x_TI, h_TR, grad_h_TR = of_all
         for i, part in enumerate(self.parts):
-            grad_a_RI, grad_b_RO = sink.views(slot)[part.path]
+            grad_a_RI, grad_b_RO = sink.arrays(slot, part.path)
             first = i * padded(len(grad_a_RI))
             tiled.add_outer_(grad_a_RI, grad_h_TR, first, x_TI, 0, rows)
             tiled.add_outer_(grad_b_RO, h_TR, first, grad_TO, part.start, rows)

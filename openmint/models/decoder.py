@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from openmint.errors import InvalidRequest
-from openmint.layers.adapters import AdapterBatch
 from openmint.kernels.adapter_tiles import Direction
+from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import NO_WINDOW, Heads, TiledPages
 from openmint.layers.batch import Batch
 from openmint.layers.feed_forward import GatedFeedForward
@@ -28,7 +28,6 @@ from openmint.layers.rotary import Angles, Rotary
 from openmint.models.model import CacheShape, RouteShape
 from openmint.models.weights import Module
 from openmint.types import TargetModule
-
 
 DIRECTIONS: tuple[Direction, ...] = ("forth", "back")
 
