@@ -6,11 +6,11 @@ often than trained ones.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import torch
 
 from benchmarks.arms.ours import Service, service
 from benchmarks.arms.protocol import versions
@@ -146,7 +146,7 @@ def _distance(bench: Service, data: Sequence[Datum], is_forced: bool) -> Distanc
 
 def ask(stage: Stage, repeats: int) -> Report:
     """Nothing is timed, and all is seeded, so there are no repeats."""
-    torch.set_num_threads(THREADS)
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # which `service` goes by
     found = {name: measure(base_folder(*which)) for name, which in BASES_OF.items()}
     return report(found)
 
@@ -164,9 +164,10 @@ def report(found: Mapping[str, Found]) -> Report:
                     *(f"{own.out_of_route:.4f}", f"{by_record.out_of_route:.4f}"),
                 ]
             )
-            factor = own.gap / by_record.gap if by_record.gap else float("inf")
             work = f"{name}, {when}: log-probability gap by own routes / by recorded ones"
-            lines.append(Line(work, "> 1", f"{number(factor)}x", verdict(factor, at_least=1.0)))
+            factor = own.gap / by_record.gap if by_record.gap else 1.0
+            figure = f"{number(factor)}x" if by_record.gap else "no gap either way"
+            lines.append(Line(work, "≥ 1", figure, verdict(factor, at_least=1.0)))
     head = ["base", "when", "bytes a token", "gap, own", "gap, recorded"]
     return Report(
         question="replay",
