@@ -47,11 +47,13 @@ class MixtureOfExperts:
         self,
         router: Router,
         experts: Sequence[GatedFeedForward],
+        own: slice,
         shared: GatedFeedForward | None,
         place: int,
     ) -> None:
-        """`place` among the layers that have experts."""
-        self.router, self.experts, self.shared = router, experts, shared
+        """`own` says which of all experts these are, the others are on other ranks; `place` among
+        the layers that have experts."""
+        self.router, self.experts, self.own, self.shared = router, experts, own, shared
         self._place = place
 
     @property
@@ -74,18 +76,20 @@ class MixtureOfExperts:
         """Rows are put together by expert, so that each expert multiplies once.
 
         A token's outputs are summed in the order of its row of `expert_TK`, whoever stands beside
-        it in the batch.
+        it in the batch. Experts of other ranks give zeros.
         """
         order_N = expert_TK.flatten().argsort(stable=True)
         token_N = order_N // expert_TK.shape[1]
-        counts = torch.bincount(expert_TK.flatten(), minlength=len(self.experts)).tolist()
-        x_ND, start, parts = x_TD[token_N], 0, []
-        for expert, count in zip(self.experts, counts, strict=True):
+        counts = torch.bincount(expert_TK.flatten(), minlength=self.own.stop).tolist()
+        start, x_ND = sum(counts[: self.own.start]), x_TD[token_N]
+        parts = [x_TD.new_zeros(start, x_TD.shape[1])]
+        for expert, count in zip(self.experts, counts[self.own], strict=True):
             rows = slice(start, start + count)
             if count:
                 own = adapters.at(token_N[rows]) if adapters else None
                 parts.append(expert.adapted(x_ND[rows], own))
             start += count
+        parts.append(x_TD.new_zeros(len(order_N) - start, x_TD.shape[1]))
         y_TKD = torch.cat(parts)[order_N.argsort()].unflatten(0, expert_TK.shape)
         y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1)
         return y_TD.to(x_TD.dtype)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from openmint.config import WorkerConfig
 from openmint.errors import InvalidRequest
+from openmint.layers.ranks import UNDIVIDED, Division
 from openmint.models import deepseek, dense, gpt_oss, mixture
 from openmint.models.model import Model
 from openmint.models.weights import Module, Weights
@@ -30,11 +31,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_model(
-    name: str, directory: Path, digest: Digest, config: WorkerConfig
+    name: str,
+    directory: Path,
+    digest: Digest,
+    config: WorkerConfig,
+    division: Division = UNDIVIDED,
 ) -> tuple[Model, BaseInfo]:
-    """The base in `directory`, resident on the configured device, and what to tell others of it.
+    """The base in `directory`, or this rank's part of it, resident on the configured device, and
+    what to tell others of the whole.
 
-    Raises InvalidRequest for an architecture, dtype or layout that is not supported.
+    Raises InvalidRequest for an architecture, dtype, layout or division that is not supported.
     """
     if config.dtype not in DTYPES:
         known = ", ".join(DTYPES)
@@ -60,7 +66,7 @@ def load_model(
             "written; start the worker with worker.device = cpu"
         )
     weights = Weights(directory, DTYPES[config.dtype], device)
-    module = Module(weights, "", config.serving_weights == "int8")
+    module = Module(weights, "", config.serving_weights == "int8", division)
     model = FAMILIES[architecture](hf_config, module)
     info = describe(model, hf_config, config, name=name, digest=digest, directory=str(directory))
     return model, replace(info, eos_token_ids=_eos_token_ids(directory, hf_config))
@@ -76,7 +82,8 @@ def describe(
     directory: str,
 ) -> BaseInfo:
     """What to tell others of a resident base that has this config; no token ends a completion."""
-    num_params = sum(t.num_in * t.num_out for t in model.targets)
+    targets = model.shards.targets
+    num_params = sum(t.num_in * t.num_out for t in targets)
     return BaseInfo(
         name=name,
         digest=digest,
@@ -90,7 +97,7 @@ def describe(
         num_params=num_params,
         weight_bytes=num_params * DTYPES[config.dtype].itemsize,
         max_rank=config.max_rank,
-        stacks=stacks_of(model.targets),
+        stacks=stacks_of(targets),
     )
 
 

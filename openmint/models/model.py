@@ -11,6 +11,7 @@ from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import TiledPages
 from openmint.layers.batch import Batch
 from openmint.layers.linear import LoraLinear
+from openmint.layers.shards import Shards
 from openmint.types import TargetModule
 
 
@@ -54,10 +55,12 @@ class Model(Protocol):
     cache_shape: CacheShape
     route_shape: RouteShape | None
     """None: its tokens choose nothing."""
+    shards: Shards
+    """Which parts of the targets every rank has."""
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:
-        """Modules that adapters may change, in the fixed order of the flat adapter layout."""
+        """Modules that adapters may change, as this rank has them."""
         ...
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openmint.errors import InvalidRequest
 from openmint.layers.linear import LoraLinear, lora_linear
+from openmint.layers.ranks import UNDIVIDED, WHOLE, Division, Split
 from openmint.types import TargetGroup
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,7 +39,19 @@ class Weights:
         """The tensor, or None when the checkpoint has none of that name (an optional bias)."""
         if name not in self._files:
             return None
-        tensor: Tensor = self._handles[self._files[name]].get_tensor(name)
+        return self._kept(self._handles[self._files[name]].get_tensor(name))
+
+    def part(self, name: str, cut: tuple[slice, ...]) -> Tensor:
+        """Some rows, or columns, of the tensor; no others are read."""
+        if name not in self._files:
+            raise InvalidRequest(f"the checkpoint lacks tensor {name!r}")
+        return self._kept(self._handles[self._files[name]].get_slice(name)[cut])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self._handles[self._files[name]].get_slice(name).get_shape())
+
+    def _kept(self, tensor: Tensor) -> Tensor:
         # A copy always: else every page of the mapped file that was read stays in memory too.
         return tensor.to(self._device, self._dtype, copy=True)
 
@@ -50,6 +63,10 @@ class Tensors(Protocol):
 
     def get(self, name: str) -> Tensor | None: ...
 
+    def part(self, name: str, cut: tuple[slice, ...]) -> Tensor: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -58,6 +75,8 @@ class Module:
     weights: Tensors
     path: str
     serves_int8: bool
+    division: Division = UNDIVIDED
+    """Which ranks have which parts of the model."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[self._full(name)]
@@ -66,14 +85,34 @@ class Module:
         return self.weights.get(self._full(name))
 
     def under(self, name: str) -> Module:
-        return Module(self.weights, self._full(name), self.serves_int8)
+        return replace(self, path=self._full(name))
 
-    def linear(self, group: TargetGroup, *names: str) -> LoraLinear:
-        """One layer of these, which share an input."""
+    def part(self, name: str, *cut: slice) -> Tensor:
+        """Some rows, columns and so on of the tensor."""
+        return self.weights.part(self._full(name), cut)
+
+    def linear(self, group: TargetGroup, *names: str, split: Split = WHOLE) -> LoraLinear:
+        """One layer of these, which share an input; this rank's part of it."""
         parts = [
-            (self._full(name), self[f"{name}.weight"], self.get(f"{name}.bias")) for name in names
+            (self._full(name), self._weight(name, split), self._bias(name, split)) for name in names
         ]
-        return lora_linear(group, parts, self.serves_int8)
+        return lora_linear(group, parts, self.serves_int8, split)
+
+    def _weight(self, name: str, split: Split) -> Tensor:
+        if split.axis is None:
+            return self[f"{name}.weight"]
+        num_out, num_in = self.weights.shape(self._full(f"{name}.weight"))
+        rows = split.rows(num_out, f"rows of {name}")
+        columns = split.columns(num_in, f"columns of {name}")
+        return self.part(f"{name}.weight", rows, columns)
+
+    def _bias(self, name: str, split: Split) -> Tensor | None:
+        bias_O = self.get(f"{name}.bias")
+        if bias_O is None or split.axis is None:
+            return bias_O
+        if split.axis == "in":  # outputs are summed over ranks, so one of them brings it
+            return bias_O if split.ranks.rank == 0 else None
+        return bias_O[split.rows(len(bias_O), f"biases of {name}")]
 
     def _full(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name

@@ -1,0 +1,156 @@
+"""What `test_ranks.py` has every rank do, and one rank alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from openmint.errors import EngineFailed, NonFinite
+from openmint.layers.ranks import UNDIVIDED, Division, Ranks
+from openmint.scheduler.work import (
+    ExportRun,
+    OptimWork,
+    RestoreRun,
+    SampleWork,
+    SaveRun,
+    TrainResult,
+)
+from openmint.types import (
+    AdamParams,
+    Digest,
+    FloatArray,
+    LoraSpec,
+    RunId,
+    SamplingParams,
+    Tenant,
+)
+from tests.ranks import division
+from tests.workbench import Workbench, prompt_of, train_work
+
+TENANT = Tenant("t")
+SPECS = {
+    "one": LoraSpec(4),
+    "two": LoraSpec(8, alpha=16.0, train_attn=False),
+    "three": LoraSpec(3, train_mlp=False, train_unembed=False),
+}
+LENGTHS = (23, 11, 1, 17)
+ADAM = AdamParams(learning_rate=1e-2, eps=1e-5, grad_clip_norm=0.5)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a session on one rank; all vectors are whole."""
+
+    trained: list[TrainResult]
+    gradients: list[Tensor]
+    grad_norms: list[float]
+    updated: list[Tensor]
+    digests: list[Digest]
+    tokens: list[list[int]]
+    logprobs: list[FloatArray]
+    own_weights: int
+    """Values of the layers that this rank has."""
+
+
+def session(folder: Path, store: Path, parts: Division = UNDIVIDED) -> Outcome:
+    """Three policies train in one batch, are updated, exported, saved, restored and sampled."""
+    bench = Workbench(folder, store, division=parts, page_tokens=4)
+    ids = [bench.trained(name, spec, i, 0.1) for i, (name, spec) in enumerate(SPECS.items())]
+    works = [train_work(run, "cross_entropy", LENGTHS, i) for i, run in enumerate(ids)]
+    works.append(train_work(ids[0], "cross_entropy", LENGTHS, 9, forward_only=True))
+    sent = [bench.submit(work) for work in works]
+    bench.run()
+    runs = [bench.engine.runs[run] for run in ids]
+    gradients = [run.shard.gather(run.grads_P).clone() for run in runs]
+    norms = [_update(bench, run) for run in ids]
+    digests = [bench.do(ExportRun(run, TENANT, keep_resident=True)).digest for run in ids]
+    digests.append(bench.do(SaveRun(ids[0], TENANT)).digest)
+    again = RunId("again")
+    bench.do(RestoreRun(again, TENANT, digests[-1], "training", True))
+    bench.do(train_work(again, "ppo", LENGTHS, 7))
+    norms.append(_update(bench, again))
+    updated = [*runs, bench.engine.runs[again]]
+    sampled = _sampled(bench, [*digests[:3], None])
+    return Outcome(
+        trained=[bench.result(work) for work in sent],
+        gradients=gradients,
+        grad_norms=norms,
+        updated=[run.share_state().params_P for run in updated],
+        digests=digests,
+        tokens=[tokens for tokens, _ in sampled],
+        logprobs=[logprobs for _, logprobs in sampled],
+        own_weights=sum(t.num_in * t.num_out for t in bench.model.targets),
+    )
+
+
+def _update(bench: Workbench, run: RunId) -> float:
+    norm: float = bench.do(OptimWork(run, TENANT, ADAM)).metrics["grad_norm:max"]
+    return norm
+
+
+def _sampled(
+    bench: Workbench, revisions: Sequence[Digest | None]
+) -> list[tuple[list[int], FloatArray]]:
+    """Together, each greedily and by a seed."""
+    prompt, heats = prompt_of(13, 5), (0.0, 1.0)
+    works = [
+        bench.submit(SampleWork(TENANT, revision, prompt, SamplingParams(9, heat, seed=3)))
+        for revision in revisions
+        for heat in heats
+    ]
+    bench.run()
+    drawn = [bench.result(work).sequences[0] for work in works]
+    return [(each.tokens_N.tolist(), each.logprobs_N) for each in drawn]
+
+
+def sessions(
+    ranks: Ranks, folder: Path, forms: tuple[str, ...], stores: Path
+) -> dict[str, Outcome]:
+    """One for each form of division."""
+    return {
+        form: session(folder, stores / f"{form}-{ranks.rank}", division(ranks, form))
+        for form in forms
+    }
+
+
+def unequal(ranks: Ranks, folder: Path, stores: Path) -> str:
+    """What an export says once one rank's copy of something common has changed."""
+    bench = Workbench(folder, stores / str(ranks.rank), division=division(ranks, "tensor"))
+    run_id = bench.trained("one", SPECS["one"], 0)
+    run = bench.engine.runs[run_id]
+    path = "model.layers.1.self_attn.k_proj"
+    run.weights.views[path][0][2, 5] += 1e-7 * ranks.rank
+    try:
+        bench.do(ExportRun(run_id, TENANT, keep_resident=True))
+    except EngineFailed as error:
+        return str(error)
+    return "nothing"
+
+
+def overflow(ranks: Ranks, folder: Path, stores: Path) -> tuple[str, float]:
+    """What a gradient that isn't finite on one rank alone comes to, and what is left of it."""
+    bench = Workbench(folder, stores / str(ranks.rank), division=division(ranks, "tensor"))
+    run_id = bench.trained("one", SPECS["one"], 0)
+    weight_OI = bench.model.layers[1].feed_forward.down.weight_OI
+    whole = bench.engine.close_train
+
+    def close(work_id: int):  # type: ignore[no-untyped-def]
+        if ranks.rank == 1:  # B of this target is cut, so no other rank sees it
+            work = bench.engine._open[work_id]
+            work.run.layout.views(work.lane_gradient(0))["model.layers.1.mlp.up_proj"][1][0] = (
+                torch.inf
+            )
+        return whole(work_id)
+
+    bench.engine.close_train = close  # type: ignore[method-assign]
+    assert weight_OI.shape[1] == 24
+    try:
+        bench.do(train_work(run_id, "cross_entropy", LENGTHS, 0))
+    except NonFinite as error:
+        left = float(bench.engine.runs[run_id].grads_P.abs().sum())
+        return type(error).__name__, left
+    return "nothing", 0.0
