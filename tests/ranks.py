@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import multiprocessing
 import pickle
 import traceback
@@ -11,10 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from openmint.layers import ranks
 from openmint.layers.ranks import Division, Ranks
-
-COLLECTIVE_SECONDS = 30.0
-"""A rank whose others don't come fails then."""
 
 
 def on_ranks(
@@ -26,7 +23,7 @@ def on_ranks(
     ends, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()
-        given = (theirs, rank, size, folder / "rendezvous", job, args)
+        given = (theirs, rank, size, folder / "meeting", job, args)
         processes.append(context.Process(target=_run, args=given, daemon=True))
         ends.append(ours)
     try:
@@ -42,25 +39,22 @@ def on_ranks(
     return [value for _, value in found]
 
 
-def division(ranks: Ranks, form: str) -> Division:
+def division(own: Ranks, form: str) -> Division:
     """`tensor`, `experts`, or `both` of them."""
     return Division(
-        **{name: ranks for name in ("tensor", "experts") if form in (name, "both")},
+        **{name: own for name in ("tensor", "experts") if form in (name, "both")},
     )
 
 
 def _run(
-    end: Connection, rank: int, size: int, rendezvous: Path, job: Callable[..., Any], args: Any
+    end: Connection, rank: int, size: int, meeting: Path, job: Callable[..., Any], args: Any
 ) -> None:
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
-    store = dist.FileStore(str(rendezvous), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    ranks.PATIENCE_SECONDS = 30.0
     try:
-        answer = True, job(Ranks(rank, size, dist.group.WORLD), *args)
+        answer = True, job(ranks.meet(rank, size, meeting, "cpu"), *args)
     except Exception:
         answer = False, traceback.format_exc()
     # As plain bytes: torch would share a tensor's memory, which ends with its process.

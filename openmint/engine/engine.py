@@ -68,7 +68,7 @@ class Engine:
 
     def _replayed(self, model: Model, config: WorkerConfig) -> Model:
         """The model that samples: on GPUs its decode steps are captured and replayed."""
-        if not use_graphs(torch.device(self.base.device)):
+        if self._shards.ranks.size > 1 or not use_graphs(torch.device(self.base.device)):
             return model
         from openmint.engine.decode_graphs import GraphedModel
 

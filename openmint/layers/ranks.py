@@ -9,7 +9,11 @@ Nothing here is global: ranks are made where a worker starts and handed down to 
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -96,6 +100,23 @@ class Ranks:
 
 
 ALONE = Ranks()
+PATIENCE_SECONDS = 300.0
+"""A rank that waits longer for the others fails. They only wait within a step, never between."""
+
+
+def meet(rank: int, size: int, meeting: Path, device: str) -> Ranks:
+    """This process among `size` on this machine, once all have come to the same file, which is
+    new."""
+    if device == "cpu" and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        store=dist.FileStore(str(meeting), size),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=PATIENCE_SECONDS),
+    )
+    return Ranks(rank, size, dist.group.WORLD, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from openmint.config import WorkerConfig
 from openmint.errors import InvalidRequest
-from openmint.layers.ranks import UNDIVIDED, Division
+from openmint.layers.ranks import ALONE, UNDIVIDED, Division, meet
 from openmint.models import deepseek, dense, gpt_oss, mixture
 from openmint.models.model import Model
 from openmint.models.weights import Module, Weights
@@ -28,6 +28,18 @@ FAMILIES: dict[str, Callable[[PretrainedConfig, Module], Model]] = {
 
 SERVING_WEIGHTS = ("same", "int8")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def divide(config: WorkerConfig, rank: int, meeting: Path, first_device: int) -> Division:
+    """This rank's place among the worker's, once all of them have come to the file `meeting`. On
+    GPUs it takes the one with its number, counted from `first_device`."""
+    if config.device != "cpu":
+        torch.cuda.set_device(first_device + rank)
+    ranks = meet(rank, config.num_ranks, meeting, config.device)
+    return Division(
+        ranks if config.tensor_parallel > 1 else ALONE,
+        ranks if config.expert_parallel > 1 else ALONE,
+    )
 
 
 def load_model(
