@@ -38,6 +38,9 @@ class WorkerConfig:
     base."""
     expert_parallel: int = 1
     """Processes among which it divides the experts; where both are above 1 they are the same."""
+    data_parallel: int = 1
+    """Processes among which it divides the data of training, each with a part of every weight; not
+    together with the two above."""
     max_rank: int = 128
     """Largest LoRA rank that is admitted."""
     training_bytes: int = 2048 * MIB
@@ -80,7 +83,13 @@ class WorkerConfig:
         _at_least("worker.parallel_loads", self.parallel_loads, 1)
         _at_least("worker.tensor_parallel", self.tensor_parallel, 1)
         _at_least("worker.expert_parallel", self.expert_parallel, 1)
-        if {self.tensor_parallel, self.expert_parallel} - {1, self.num_ranks}:
+        _at_least("worker.data_parallel", self.data_parallel, 1)
+        if self.data_parallel > 1 and max(self.tensor_parallel, self.expert_parallel) > 1:
+            raise InvalidRequest(
+                "setting worker.data_parallel can't be above 1 together with "
+                "worker.tensor_parallel or worker.expert_parallel"
+            )
+        if len({self.tensor_parallel, self.expert_parallel} - {1}) > 1:
             raise InvalidRequest(
                 "settings worker.tensor_parallel and worker.expert_parallel must be equal where "
                 f"both are above 1, got {self.tensor_parallel} and {self.expert_parallel}"
@@ -97,7 +106,7 @@ class WorkerConfig:
     @property
     def num_ranks(self) -> int:
         """Processes that compute the base together."""
-        return max(self.tensor_parallel, self.expert_parallel)
+        return max(self.tensor_parallel, self.expert_parallel, self.data_parallel)
 
     @property
     def updates_per_sync(self) -> int:

@@ -13,6 +13,13 @@ from typing import Any
 from openmint.layers import ranks
 from openmint.layers.ranks import Division, Ranks
 
+FORMS = {
+    "tensor": ("tensor",),
+    "experts": ("experts",),
+    "both": ("tensor", "experts"),
+    "data": ("data",),
+}
+
 
 def on_ranks(
     job: Callable[..., Any], folder: Path, *args: Any, size: int = 2, seconds: float = 240.0
@@ -40,9 +47,9 @@ def on_ranks(
 
 
 def division(own: Ranks, form: str) -> Division:
-    """`tensor`, `experts`, or `both` of them."""
+    """`tensor`, `experts`, `both` of them, or `data`."""
     return Division(
-        **{name: own for name in ("tensor", "experts") if form in (name, "both")},
+        **dict.fromkeys(FORMS[form], own),
     )
 
 

@@ -15,6 +15,7 @@ from openmint.engine.replay import total
 from openmint.engine.route_record import RouteCache
 from openmint.engine.runs import Runs, RunSnapshot, Update
 from openmint.engine.sample_step import Sampler, places_in
+from openmint.engine.spread import SpreadTrainer
 from openmint.engine.train_step import OpenTrain, Trainer
 from openmint.errors import InvalidRequest, NonFinite
 from openmint.kernels.attend import BLOCK
@@ -46,7 +47,9 @@ class Engine:
             compile_kernels(self.dtype)
         self._shards = model.shards
         lanes = Lanes(torch.device(base.device), are_many=model.shards.ranks.size == 1)
-        self._trainer = Trainer(model, lanes)
+        self._trainer: Trainer | SpreadTrainer = Trainer(model, lanes)
+        if model.data_ranks.size > 1:
+            self._trainer = SpreadTrainer(model, lanes, model.data_ranks)
         self.runs = Runs(base, self.dtype, config.training_bytes, model.shards)
         self._slots: dict[Digest, AdapterWeights] = {}
         self._open: dict[int, OpenTrain] = {}

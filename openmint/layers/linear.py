@@ -108,8 +108,7 @@ class TorchLinear(LoraLinear):
         super().__init__(group, parts, split)
         weights = [weight for _, weight, _ in parts]
         self.weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
-        biases = [bias for _, _, bias in parts if bias is not None]
-        self._bias_O = torch.cat(biases) if biases else None
+        self._bias_O = joined_bias(parts)
 
     def forward(
         self, x_TI: Tensor, adapters: AdapterBatch | None, out_TO: Tensor | None = None
@@ -278,6 +277,12 @@ def lora_linear(
             "and layers whose widths are multiples of 8"
         )
     return TorchLinear(group, parts, split)
+
+
+def joined_bias(parts: Sequence[PartWeights]) -> Tensor | None:
+    """Of all parts, which have biases or have none."""
+    biases = [bias for _, _, bias in parts if bias is not None]
+    return torch.cat(biases) if biases else None
 
 
 def _piece(own: TargetModule, split: Split) -> Piece:

@@ -69,13 +69,11 @@ class Ranks:
         """Whether it is so on every rank."""
         return self.total(float(is_so)) == self.size
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's `x`, all of one shape."""
-        if self.size == 1:
-            return [x]
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return parts
+    def gather(self, x_F: Tensor) -> Tensor:
+        """Every rank's vector, all of one length, as rows `[N, F]`."""
+        all_NF = x_F.new_empty(self.size, len(x_F))
+        dist.all_gather(list(all_NF.unbind()), x_F.contiguous(), group=self.group)
+        return all_NF
 
     def gather_values(self, value: T) -> list[T]:
         """Every rank's value, of any kind."""
@@ -121,17 +119,19 @@ def meet(rank: int, size: int, meeting: Path, device: str) -> Ranks:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Among which ranks a model is divided; either all of the worker's or one alone."""
+    """Among which ranks what is divided; either all of the worker's or one alone."""
 
     tensor: Ranks = ALONE
     """Each has some of every layer's heads and feed-forward columns."""
     experts: Ranks = ALONE
     """Each has some of the experts."""
+    data: Ranks = ALONE
+    """Each trains some of the data and holds some rows of every weight."""
 
     @property
     def world(self) -> Ranks:
         """All of the worker's ranks."""
-        return self.tensor if self.tensor.size > 1 else self.experts
+        return max((self.tensor, self.experts, self.data), key=lambda ranks: ranks.size)
 
     @property
     def mixture(self) -> Ranks:

@@ -20,6 +20,7 @@ from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import NO_WINDOW, Heads, TiledPages
 from openmint.layers.batch import Batch
 from openmint.layers.feed_forward import GatedFeedForward, MixtureOfExperts
+from openmint.layers.gathered import BlockWeights
 from openmint.layers.grouped_query import GroupedQueryAttention
 from openmint.layers.linear import LoraLinear, lora_linear
 from openmint.layers.norm import rms_norm
@@ -89,11 +90,17 @@ class Decoder:
         self.embedding_VD = weights["model.embed_tokens.weight"]
         self.final_norm_D = weights["model.norm.weight"]
         head_VD = self.embedding_VD if config.tie_word_embeddings else weights["lm_head.weight"]
-        self.head = lora_linear("unembed", [("lm_head", head_VD, None)], weights.serves_int8)
+        self.data_ranks = weights.division.data
+        head_parts = [("lm_head", head_VD, None)]
+        split = Split(None, self.data_ranks)
+        self.head = lora_linear("unembed", head_parts, weights.serves_int8, split)
         self.eps = config.rms_norm_eps
         self.rotary, self.cache_shape, self.route_shape = rotary, cache_shape, route_shape
         pieces = [piece for linear in (*self.linears, self.head) for piece in linear.pieces]
         self.shards = Shards(pieces, weights.division.world)
+        self._weights: list[BlockWeights] = []
+        if self.data_ranks.size > 1:
+            self._weights = [BlockWeights(layer.linears, self.data_ranks) for layer in blocks]
 
     @property
     def linears(self) -> list[LoraLinear]:
@@ -120,8 +127,12 @@ class Decoder:
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: Batch) -> Tensor:
         x_TD = self.embed(tokens_T)
         angles = self.rotary.at(positions_T, x_TD.dtype)
-        for layer in self.layers:
-            x_TD = layer.forward(x_TD, angles, batch)
+        for index, layer in enumerate(self.layers):
+            if not self._weights:
+                x_TD = layer.forward(x_TD, angles, batch)
+                continue
+            weights = self._weights[index]
+            x_TD = weights.end(layer.forward(weights.begin(x_TD), angles, batch))
         return rms_norm(x_TD, self.final_norm_D, self.eps)
 
     def embed(self, tokens_T: Tensor) -> Tensor:

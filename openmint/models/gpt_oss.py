@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from openmint.layers.feed_forward import GatedFeedForward, MixtureOfExperts
-from openmint.layers.linear import lora_linear
 from openmint.layers.ranks import ALONE, Split
 from openmint.layers.rotary import Rotary
 from openmint.layers.router import TopSoftmaxRouter
@@ -77,8 +76,8 @@ def _experts(config: PretrainedConfig, module: Module) -> tuple[list[GatedFeedFo
         ]
         bias_O = down_bias_EO[expert] if ranks.rank == 0 else None
         down = (f"{path}.down_proj", down_EIO[expert].t().contiguous(), bias_O)
-        gate_up = lora_linear("mlp", sides, module.serves_int8, Split("out", ranks))
-        out = lora_linear("mlp", [down], module.serves_int8, Split("in", ranks))
+        gate_up = module.made("mlp", sides, Split("out", ranks))
+        out = module.made("mlp", [down], Split("in", ranks))
         experts.append(GatedFeedForward(gate_up, out, activation))
     return experts, own
 

@@ -39,6 +39,7 @@ def divide(config: WorkerConfig, rank: int, meeting: Path, first_device: int) ->
     return Division(
         ranks if config.tensor_parallel > 1 else ALONE,
         ranks if config.expert_parallel > 1 else ALONE,
+        ranks if config.data_parallel > 1 else ALONE,
     )
 
 

@@ -11,6 +11,7 @@ from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import TiledPages
 from openmint.layers.batch import Batch
 from openmint.layers.linear import LoraLinear
+from openmint.layers.ranks import Ranks
 from openmint.layers.shards import Shards
 from openmint.types import TargetModule
 
@@ -57,6 +58,8 @@ class Model(Protocol):
     """None: its tokens choose nothing."""
     shards: Shards
     """Which parts of the targets every rank has."""
+    data_ranks: Ranks
+    """Those that divide the data of training."""
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:

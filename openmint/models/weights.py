@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
 from openmint.errors import InvalidRequest
-from openmint.layers.linear import LoraLinear, lora_linear
-from openmint.layers.ranks import UNDIVIDED, WHOLE, Division, Split
+from openmint.layers.gathered import GatheredLinear
+from openmint.layers.linear import LoraLinear, PartWeights, lora_linear
+from openmint.layers.ranks import UNDIVIDED, WHOLE, Division, Ranks, Split
 from openmint.types import TargetGroup
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -93,10 +96,40 @@ class Module:
 
     def linear(self, group: TargetGroup, *names: str, split: Split = WHOLE) -> LoraLinear:
         """One layer of these, which share an input; this rank's part of it."""
+        if self.division.data.size > 1:
+            return self._gathered(group, names, self.division.data)
         parts = [
             (self._full(name), self._weight(name, split), self._bias(name, split)) for name in names
         ]
         return lora_linear(group, parts, self.serves_int8, split)
+
+    def made(
+        self, group: TargetGroup, parts: Sequence[PartWeights], split: Split = WHOLE
+    ) -> LoraLinear:
+        """A layer of weights that a family has made from a checkpoint's."""
+        ranks = self.division.data
+        if ranks.size == 1:
+            return lora_linear(group, parts, self.serves_int8, split)
+        weight_OI = torch.cat([weight for _, weight, _ in parts])
+        own_RI = weight_OI[slice(*GatheredLinear.rows(len(weight_OI), ranks))].clone()
+        return GatheredLinear(group, parts, _filled(own_RI, len(weight_OI), ranks), ranks)
+
+    def _gathered(self, group: TargetGroup, names: Sequence[str], ranks: Ranks) -> LoraLinear:
+        """`linear` where ranks hold rows of weights; no others are read."""
+        shapes = [self.weights.shape(self._full(f"{name}.weight")) for name in names]
+        count, start, own = sum(num_out for num_out, _ in shapes), 0, []
+        first, stop = GatheredLinear.rows(count, ranks)
+        for name, (num_out, _) in zip(names, shapes, strict=True):
+            rows = slice(max(first - start, 0), min(stop - start, num_out))
+            if rows.start < rows.stop:
+                own.append(self.part(f"{name}.weight", rows))
+            start += num_out
+        own_RI = torch.cat(own) if own else self.part(f"{names[0]}.weight", slice(0, 1))[:0]
+        parts = [
+            (self._full(name), own_RI.new_empty(1, 1).expand(shape), self.get(f"{name}.bias"))
+            for name, shape in zip(names, shapes, strict=True)
+        ]
+        return GatheredLinear(group, parts, _filled(own_RI, count, ranks), ranks)
 
     def _weight(self, name: str, split: Split) -> Tensor:
         if split.axis is None:
@@ -116,6 +149,11 @@ class Module:
 
     def _full(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name
+
+
+def _filled(own_RI: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """As many rows as every rank has; those behind the last are zeros."""
+    return F.pad(own_RI, (0, 0, 0, -(-count // ranks.size) - len(own_RI)))
 
 
 def _index(directory: Path) -> dict[str, str]:

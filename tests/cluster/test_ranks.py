@@ -32,7 +32,7 @@ T, RUN, AGAIN = Tenant("t"), RunId("r"), RunId("again")
 SPEC = LoraSpec(4)
 ADAM = AdamParams(learning_rate=1e-2, eps=1e-5)
 RANKS = {"tensor_parallel": 2, "expert_parallel": 2}
-DIVIDED = {"both": RANKS, "one": {}}
+DIVIDED = {"layers": RANKS, "data": {"data_parallel": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +105,17 @@ async def ended(processes: list[psutil.Process]) -> bool:
 
 def test_two_ranks_answer_as_one_does(base: Path, tmp_path: Path) -> None:
     async def check() -> None:
-        found = {}
+        async with running(base, tmp_path / "one") as worker:
+            assert not others_of(worker)
+            one = await answers(worker)
         for name, config in DIVIDED.items():
             async with running(base, tmp_path / name, **config) as worker:
-                assert len(others_of(worker)) == len(config) // 2
-                found[name] = await answers(worker)
-        two, one = found["both"], found["one"]
-        assert two.losses == pytest.approx(one.losses, rel=1e-5)
-        assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-4)
-        assert two.tokens == one.tokens
-        np.testing.assert_allclose(two.scores, one.scores, atol=1e-4)
+                assert len(others_of(worker)) == 1
+                two = await answers(worker)
+            assert two.losses == pytest.approx(one.losses, rel=1e-5)
+            assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-4)
+            assert two.tokens == one.tokens
+            np.testing.assert_allclose(two.scores, one.scores, atol=1e-4)
 
     asyncio.run(check())
 
@@ -157,6 +158,14 @@ def test_a_division_that_cannot_be_is_refused_by_all_ranks(base: Path, tmp_path:
     asyncio.run(check())
 
 
-def test_unequal_divisions_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="must be equal"):
-        WorkerConfig(tensor_parallel=2, expert_parallel=4)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tensor_parallel": 2, "expert_parallel": 4}, "must be equal"),
+        ({"tensor_parallel": 2, "data_parallel": 2}, "can't be above 1 together"),
+        ({"data_parallel": 0}, "at least 1"),
+    ],
+)
+def test_divisions_that_do_not_go_together_are_refused(given: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        WorkerConfig(**given)

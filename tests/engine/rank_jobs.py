@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from openmint.errors import EngineFailed, NonFinite
+from openmint.layers.gathered import GatheredLinear
+from openmint.layers.linear import LoraLinear
 from openmint.layers.ranks import UNDIVIDED, Division, Ranks
 from openmint.scheduler.work import (
     ExportRun,
@@ -53,7 +55,7 @@ class Outcome:
     tokens: list[list[int]]
     logprobs: list[FloatArray]
     own_weights: int
-    """Values of the layers that this rank has."""
+    """Values of its blocks' layers that this rank holds."""
 
 
 def session(folder: Path, store: Path, parts: Division = UNDIVIDED) -> Outcome:
@@ -72,6 +74,7 @@ def session(folder: Path, store: Path, parts: Division = UNDIVIDED) -> Outcome:
     again = RunId("again")
     bench.do(RestoreRun(again, TENANT, digests[-1], "training", True))
     bench.do(train_work(again, "ppo", LENGTHS, 7))
+    bench.do(train_work(again, "ppo", (5,), 8))  # one datum: the others of many ranks have none
     norms.append(_update(bench, again))
     updated = [*runs, bench.engine.runs[again]]
     sampled = _sampled(bench, [*digests[:3], None])
@@ -83,8 +86,15 @@ def session(folder: Path, store: Path, parts: Division = UNDIVIDED) -> Outcome:
         digests=digests,
         tokens=[tokens for tokens, _ in sampled],
         logprobs=[logprobs for _, logprobs in sampled],
-        own_weights=sum(t.num_in * t.num_out for t in bench.model.targets),
+        own_weights=sum(_held(linear) for linear in bench.model.linears),
     )
+
+
+def _held(linear: LoraLinear) -> int:
+    if isinstance(linear, GatheredLinear):
+        assert not len(linear.weight_OI), "it is whole only while it computes"
+        return linear.own_RI.numel()
+    return linear.num_in * linear.num_out
 
 
 def _update(bench: Workbench, run: RunId) -> float:

@@ -15,10 +15,10 @@ from tests.ranks import on_ranks
 from tests.workbench import Workbench, random_model
 
 DIVIDED: dict[str, tuple[str, ...]] = {
-    "qwen3": ("tensor",),
-    "qwen3-moe": ("tensor", "experts", "both"),
-    "gpt-oss": ("tensor", "experts"),
-    "deepseek-v3": ("tensor", "experts", "both"),
+    "qwen3": ("tensor", "data"),
+    "qwen3-moe": ("tensor", "experts", "both", "data"),
+    "gpt-oss": ("tensor", "experts", "data"),
+    "deepseek-v3": ("tensor", "experts", "both", "data"),
     "deepseek-v3.2": ("both",),
 }
 Sessions = tuple[Outcome, list[dict[str, Outcome]]]
@@ -69,6 +69,15 @@ def test_ranks_export_the_same_files_to_the_bit(both: Sessions) -> None:
 def test_each_rank_has_its_part_of_the_weights_alone(both: Sessions) -> None:
     for outcome, alone in pairs(both):
         assert alone.own_weights / 2 <= outcome.own_weights < 0.8 * alone.own_weights
+
+
+def test_weights_whose_rows_do_not_divide_are_held_in_parts_too(tmp_path: Path) -> None:
+    folder = random_model("qwen3", tmp_path / "base")
+    alone = session(folder, tmp_path / "alone")
+    for rank in on_ranks(sessions, tmp_path, folder, ("data",), tmp_path, size=3):
+        assert rank["data"].tokens == alone.tokens
+        for a, b in zip(rank["data"].gradients, alone.gradients, strict=True):
+            assert float((a - b).norm() / b.norm()) < 1e-5
 
 
 def test_an_export_finds_copies_that_differ_and_names_them(tmp_path: Path) -> None:
