@@ -30,6 +30,7 @@ from openmint.types import (
     SamplingParams,
     Tenant,
 )
+from tests.engine.test_replay import policy_datum, sampled, trained
 from tests.ranks import division
 from tests.workbench import Workbench, prompt_of, train_work
 
@@ -47,7 +48,7 @@ ADAM = AdamParams(learning_rate=1e-2, eps=1e-5, grad_clip_norm=0.5)
 class Outcome:
     """Of a session on one rank; all vectors are whole."""
 
-    trained: list[TrainResult]
+    results: list[TrainResult]
     gradients: list[Tensor]
     grad_norms: list[float]
     updated: list[Tensor]
@@ -58,9 +59,11 @@ class Outcome:
     """Values of its blocks' layers that this rank holds."""
 
 
-def session(folder: Path, store: Path, parts: Division = UNDIVIDED) -> Outcome:
+def session(
+    folder: Path, store: Path, parts: Division = UNDIVIDED, dtype: str = "float32"
+) -> Outcome:
     """Three policies train in one batch, are updated, exported, saved, restored and sampled."""
-    bench = Workbench(folder, store, division=parts, page_tokens=4)
+    bench = Workbench(folder, store, division=parts, page_tokens=4, dtype=dtype)
     ids = [bench.trained(name, spec, i, 0.1) for i, (name, spec) in enumerate(SPECS.items())]
     works = [train_work(run, "cross_entropy", LENGTHS, i) for i, run in enumerate(ids)]
     works.append(train_work(ids[0], "cross_entropy", LENGTHS, 9, forward_only=True))
@@ -77,15 +80,15 @@ def session(folder: Path, store: Path, parts: Division = UNDIVIDED) -> Outcome:
     bench.do(train_work(again, "ppo", (5,), 8))  # one datum: the others of many ranks have none
     norms.append(_update(bench, again))
     updated = [*runs, bench.engine.runs[again]]
-    sampled = _sampled(bench, [*digests[:3], None])
+    drawn = _drawn(bench, [*digests[:3], None])
     return Outcome(
-        trained=[bench.result(work) for work in sent],
+        results=[bench.result(work) for work in sent],
         gradients=gradients,
         grad_norms=norms,
         updated=[run.share_state().params_P for run in updated],
         digests=digests,
-        tokens=[tokens for tokens, _ in sampled],
-        logprobs=[logprobs for _, logprobs in sampled],
+        tokens=[tokens for tokens, _ in drawn],
+        logprobs=[logprobs for _, logprobs in drawn],
         own_weights=sum(_held(linear) for linear in bench.model.linears),
     )
 
@@ -102,7 +105,7 @@ def _update(bench: Workbench, run: RunId) -> float:
     return norm
 
 
-def _sampled(
+def _drawn(
     bench: Workbench, revisions: Sequence[Digest | None]
 ) -> list[tuple[list[int], FloatArray]]:
     """Together, each greedily and by a seed."""
@@ -118,11 +121,35 @@ def _sampled(
 
 
 def sessions(
-    ranks: Ranks, folder: Path, forms: tuple[str, ...], stores: Path
+    ranks: Ranks, folder: Path, forms: tuple[str, ...], stores: Path, dtype: str = "float32"
 ) -> dict[str, Outcome]:
     """One for each form of division."""
     return {
-        form: session(folder, stores / f"{form}-{ranks.rank}", division(ranks, form))
+        form: session(folder, stores / f"{form}-{ranks.rank}", division(ranks, form), dtype)
+        for form in forms
+    }
+
+
+def replay(
+    folder: Path, store: Path, parts: Division = UNDIVIDED
+) -> tuple[bytes, dict[str, float], Tensor]:
+    """What sampling recorded, what repeating it in another policy's training said, and the gradient
+    of that."""
+    bench = Workbench(folder, store, division=parts, page_tokens=4)
+    drawn = sampled(bench, bench.revision("one", SPECS["one"], 0, 0.1), 1)
+    run_id = bench.trained("other", SPECS["one"], 5, 0.2)
+    own = policy_datum(drawn, is_forced=False)
+    result = trained(bench, run_id, policy_datum(drawn, is_forced=True), own)
+    run = bench.engine.runs[run_id]
+    return drawn.sequences[0].routes, result.metrics, run.shard.gather(run.grads_P)
+
+
+def replays(
+    ranks: Ranks, folder: Path, forms: tuple[str, ...], stores: Path
+) -> dict[str, tuple[bytes, dict[str, float], Tensor]]:
+    """One for each form of division."""
+    return {
+        form: replay(folder, stores / f"{form}-{ranks.rank}", division(ranks, form))
         for form in forms
     }
 

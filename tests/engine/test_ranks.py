@@ -10,7 +10,7 @@ import pytest
 
 from openmint.errors import InvalidRequest
 from openmint.layers.ranks import Division, Ranks
-from tests.engine.rank_jobs import Outcome, overflow, session, sessions, unequal
+from tests.engine.rank_jobs import Outcome, overflow, replay, replays, session, sessions, unequal
 from tests.ranks import on_ranks
 from tests.workbench import Workbench, random_model
 
@@ -42,7 +42,7 @@ def pairs(both: Sessions) -> Iterator[tuple[Outcome, Outcome]]:
 
 def test_losses_and_gradients_equal_one_ranks(both: Sessions) -> None:
     for outcome, alone in pairs(both):
-        for ours, theirs in zip(outcome.trained, alone.trained, strict=True):
+        for ours, theirs in zip(outcome.results, alone.results, strict=True):
             assert ours.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-5)
             for a, b in zip(ours.logprobs, theirs.logprobs, strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-5)
@@ -78,6 +78,30 @@ def test_weights_whose_rows_do_not_divide_are_held_in_parts_too(tmp_path: Path) 
         assert rank["data"].tokens == alone.tokens
         for a, b in zip(rank["data"].gradients, alone.gradients, strict=True):
             assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_ranks_in_bfloat16_agree_among_themselves_and_nearly_with_one(tmp_path: Path) -> None:
+    """In tiles, where the machine has them."""
+    folder, forms = random_model("qwen3", tmp_path / "base"), ("tensor", "data")
+    alone = session(folder, tmp_path / "alone", dtype="bfloat16")
+    first, second = on_ranks(sessions, tmp_path, folder, forms, tmp_path, "bfloat16")
+    for form, outcome in first.items():
+        assert outcome.digests == second[form].digests
+        for ours, theirs in zip(outcome.results, alone.results, strict=True):
+            assert ours.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=0.02)
+        for a, b in zip(outcome.gradients, alone.gradients, strict=True):
+            assert float((a - b).norm() / b.norm()) < 0.1
+
+
+def test_what_sampling_chose_is_repeated_on_all_ranks(tmp_path: Path) -> None:
+    folder = random_model("deepseek-v3.2", tmp_path / "base")
+    record, metrics, gradient = replay(folder, tmp_path / "alone")
+    assert 0.0 < metrics["out_of_route_ratio:mean"] < metrics["own_route_differs_ratio:mean"]
+    for rank in on_ranks(replays, tmp_path, folder, ("both", "data"), tmp_path):
+        for ours in rank.values():
+            assert ours[0] == record
+            assert ours[1] == pytest.approx(metrics, rel=1e-5)
+            assert float((ours[2] - gradient).norm() / gradient.norm()) < 1e-5
 
 
 def test_an_export_finds_copies_that_differ_and_names_them(tmp_path: Path) -> None:
