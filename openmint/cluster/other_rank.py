@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import queue
@@ -24,9 +25,15 @@ from openmint.models.loader import divide, load_model
 from openmint.observe.logs import configure_logs
 
 
+PARENT_DEATH_SIGNAL = 1
+"""Linux's `PR_SET_PDEATHSIG`."""
+
+
 def main(connection: socket.socket) -> None:
     """Load this rank's part of the base, then repeat calls until the first rank is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # a rank that was stopped would never see the end of its link
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     link = Link(connection)
     setup: RankSetup = link.receive()
     calls: queue.SimpleQueue[Call] = queue.SimpleQueue()

@@ -140,9 +140,10 @@ def test_ranks_end_together_and_what_was_logged_is_made_again(base: Path, tmp_pa
             assert (await worker.client.call(again)).num_optim_steps == 1
             made = await worker.client.call(ExportRun(RUN, T, keep_resident=False))
             assert made.digest == expected.revisions[0]
-            others = others_of(worker)
+            (stopped,) = others_of(worker)
+            stopped.suspend()
             worker.process.kill()
-            assert await ended(others)
+            assert await ended([stopped])
 
     asyncio.run(check())
 
