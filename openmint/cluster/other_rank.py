@@ -24,7 +24,6 @@ from openmint.errors import OpenMintError
 from openmint.models.loader import divide, load_model
 from openmint.observe.logs import configure_logs
 
-
 PARENT_DEATH_SIGNAL = 1
 """Linux's `PR_SET_PDEATHSIG`."""
 
