@@ -33,6 +33,14 @@ class WorkerConfig:
     half as much to read, whose answers differ a little from what the trainer computes."""
     threads: int = 0
     """Torch threads of each worker; 0 shares the machine's cores among the workers."""
+    tensor_parallel: int = 1
+    """Processes, on GPUs one for each, among which a worker divides the heads and columns of its
+    base."""
+    expert_parallel: int = 1
+    """Processes among which it divides the experts; where both are above 1 they are the same."""
+    data_parallel: int = 1
+    """Processes among which it divides the data of training, each with a part of every weight; not
+    together with the two above."""
     max_rank: int = 128
     """Largest LoRA rank that is admitted."""
     training_bytes: int = 2048 * MIB
@@ -73,6 +81,19 @@ class WorkerConfig:
         _at_least("worker.threads", self.threads, 0)
         _at_least("worker.max_rank", self.max_rank, 1)
         _at_least("worker.parallel_loads", self.parallel_loads, 1)
+        _at_least("worker.tensor_parallel", self.tensor_parallel, 1)
+        _at_least("worker.expert_parallel", self.expert_parallel, 1)
+        _at_least("worker.data_parallel", self.data_parallel, 1)
+        if self.data_parallel > 1 and max(self.tensor_parallel, self.expert_parallel) > 1:
+            raise InvalidRequest(
+                "setting worker.data_parallel can't be above 1 together with "
+                "worker.tensor_parallel or worker.expert_parallel"
+            )
+        if len({self.tensor_parallel, self.expert_parallel} - {1}) > 1:
+            raise InvalidRequest(
+                "settings worker.tensor_parallel and worker.expert_parallel must be equal where "
+                f"both are above 1, got {self.tensor_parallel} and {self.expert_parallel}"
+            )
         _at_least("worker.page_tokens", self.page_tokens, 1)
         _at_least("worker.step_tokens", self.step_tokens, 1)
         _at_least("worker.running_sequences", self.running_sequences, 1)
@@ -81,6 +102,11 @@ class WorkerConfig:
             raise InvalidRequest(
                 f"setting worker.durability is step, every:n or replay, got {self.durability!r}"
             )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that compute the base together."""
+        return max(self.tensor_parallel, self.expert_parallel, self.data_parallel)
 
     @property
     def updates_per_sync(self) -> int:

@@ -85,13 +85,22 @@ def gateway_of(server: TestServer) -> psutil.Process:
 
 def workers_of(server: TestServer) -> list[psutil.Process]:
     """The worker processes that the service has now."""
+    return _running(server, "openmint.cluster.worker")
+
+
+def other_ranks_of(server: TestServer) -> list[psutil.Process]:
+    """The further processes of its workers, where a base is divided."""
+    return _running(server, "openmint.cluster.other_rank")
+
+
+def _running(server: TestServer, module: str) -> list[psutil.Process]:
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return [child for child in children if _is_worker(child)]
+    return [child for child in children if _runs(child, module)]
 
 
-def _is_worker(process: psutil.Process) -> bool:
+def _runs(process: psutil.Process, module: str) -> bool:
     try:
-        return "openmint.cluster.worker" in process.cmdline()
+        return module in process.cmdline()
     except psutil.Error:  # it has just ended
         return False
 

@@ -16,6 +16,7 @@ from openmint.config import WorkerConfig
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
 from openmint.journal.update_log import NoLog, UpdateLog
+from openmint.layers.ranks import UNDIVIDED, Division
 from openmint.models.loader import load_model
 from openmint.residency.decisions import Decision
 from openmint.scheduler.scheduler import Scheduler
@@ -185,11 +186,17 @@ class Workbench:
     """Submit commands, run the loop until it is idle, look at the answers."""
 
     def __init__(
-        self, directory: Path, store: Path, journal: Path | None = None, **config: Any
+        self,
+        directory: Path,
+        store: Path,
+        journal: Path | None = None,
+        division: Division = UNDIVIDED,
+        **config: Any,
     ) -> None:
+        """With a `division` every rank has one and is asked the same."""
         self.config = WorkerConfig(**{"dtype": "float32", "kv_cache_bytes": 2**20, **config})
         digest = Digest("sha256:" + "0" * 64)
-        self.model, self.base = load_model("tiny", directory, digest, self.config)
+        self.model, self.base = load_model("tiny", directory, digest, self.config, division)
         self.engine = Engine(self.model, self.base, self.config)
         self.blobs = FolderStore(store)
         archive = AdapterArchive(self.blobs, self.base)
@@ -244,10 +251,11 @@ class Workbench:
         self.do(CreateRun(run_id, Tenant("t"), spec, seed))
         live = self.engine.runs[run_id]
         generator = torch.Generator().manual_seed(seed)
-        params_P = live.state.params_P.cpu().clone()  # the same values for every device
-        for _, b_RO in live.layout.views(params_P).values():
+        params_P = live.share_state().params_P.cpu().clone()  # the same values for every device
+        for _, b_RO in live.shard.whole.views(params_P).values():
             b_RO.normal_(0.0, scale, generator=generator)
-        live.set_state(type(live.state).fresh(params_P.to(self.base.device)))
+        own_P = live.shard.take(params_P).to(self.base.device)
+        live.set_state(type(live.state).fresh(own_P))
         return run_id
 
     def revision(self, run: str, spec: LoraSpec, seed: int, scale: float = 0.05) -> Digest:

@@ -18,20 +18,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from openmint.cluster.link import HEADER, frame
+from openmint.cluster.ranks import OtherRanks, give_up
 from openmint.cluster.worker_client import STATS_SECONDS
 from openmint.cluster.worker_setup import WorkerSetup
 from openmint.engine.engine import Engine
 from openmint.engine.formats import AdapterArchive
+from openmint.engine.together import LeadingEngine
 from openmint.errors import EngineFailed, OpenMintError
 from openmint.journal.update_log import NoLog, UpdateLog, folder_of
 from openmint.models.embedded import EMBEDDED_BASE, base_digest, resolve_base
-from openmint.models.loader import load_model
+from openmint.models.loader import divide, load_model
 from openmint.observe.logs import configure_logs
 from openmint.residency.decisions import DecisionLog, path_of, recall
 from openmint.scheduler.scheduler import Scheduler
@@ -47,6 +50,7 @@ from openmint.scheduler.work import (
     ToWorker,
 )
 from openmint.store.opening import open_store
+from openmint.types import Digest
 
 STORE_THREADS = 2
 """At least; else as many as loads may run at once, and one for what is guessed."""
@@ -157,9 +161,9 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready
     directory = resolve_base(setup.base, setup.data)
     digest = base_digest(directory, setup.data)
     name = setup.base if setup.base == EMBEDDED_BASE else directory.name
-    model, base = load_model(name, directory, digest, setup.config)
+    engine = make_engine(setup, name, directory, digest)
+    base = engine.base
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    engine = Engine(model, base, setup.config)
     archive = AdapterArchive(open_store(setup.store_url, setup.data), base)
     updates: UpdateLog | NoLog = NoLog()
     if not setup.replica:
@@ -180,6 +184,20 @@ def load(setup: WorkerSetup, link: Link, inbox: Inbox) -> tuple[Scheduler, Ready
     )
     scheduler.recall(past)
     return scheduler, Ready(base, updates.epoch, updates.whole())
+
+
+def make_engine(
+    setup: WorkerSetup, name: str, directory: Path, digest: Digest
+) -> Engine | LeadingEngine:
+    """The engine over the resident base; where the base is divided this process is its first rank,
+    and the other ranks are started. Raises InvalidRequest for a folder that isn't a base."""
+    if setup.config.num_ranks == 1:
+        return Engine(*load_model(name, directory, digest, setup.config), setup.config)
+    others = OtherRanks(setup, name, directory, digest)
+    torch.set_num_threads(others.threads)
+    division = divide(setup.config, 0, others.meeting, others.first_device)
+    model, base = load_model(name, directory, digest, setup.config, division)
+    return LeadingEngine(Engine(model, base, setup.config), others.tell, give_up)
 
 
 def serve(scheduler: Scheduler, inbox: Inbox, link: Link) -> None:

@@ -39,8 +39,8 @@ class GraphedModel:
     def __init__(self, model: Model, max_pages: int) -> None:
         """`max_pages` hold the longest sequence there can be."""
         self._model, self._max_pages = model, max_pages
-        self.head, self.cache_shape = model.head, model.cache_shape
-        self.route_shape = model.route_shape
+        self.head, self.cache_shape, self.shards = model.head, model.cache_shape, model.shards
+        self.route_shape, self.data_ranks = model.route_shape, model.data_ranks
         self._device = model.head.device
         self._steps: dict[tuple[int, int], DecodeStep] = {}
 

@@ -15,6 +15,7 @@ from openmint.engine.replay import total
 from openmint.engine.route_record import RouteCache
 from openmint.engine.runs import Runs, RunSnapshot, Update
 from openmint.engine.sample_step import Sampler, places_in
+from openmint.engine.spread import SpreadTrainer
 from openmint.engine.train_step import OpenTrain, Trainer
 from openmint.errors import InvalidRequest, NonFinite
 from openmint.kernels.attend import BLOCK
@@ -44,9 +45,12 @@ class Engine:
         self.dtype = model.head.dtype
         if base.device == "cpu":
             compile_kernels(self.dtype)
-        lanes = Lanes(torch.device(base.device))
-        self._trainer = Trainer(model, lanes)
-        self.runs = Runs(base, self.dtype, config.training_bytes)
+        self._shards = model.shards
+        lanes = Lanes(torch.device(base.device), are_many=model.shards.ranks.size == 1)
+        self._trainer: Trainer | SpreadTrainer = Trainer(model, lanes)
+        if model.data_ranks.size > 1:
+            self._trainer = SpreadTrainer(model, lanes, model.data_ranks)
+        self.runs = Runs(base, self.dtype, config.training_bytes, model.shards)
         self._slots: dict[Digest, AdapterWeights] = {}
         self._open: dict[int, OpenTrain] = {}
         shape = model.cache_shape
@@ -67,7 +71,7 @@ class Engine:
 
     def _replayed(self, model: Model, config: WorkerConfig) -> Model:
         """The model that samples: on GPUs its decode steps are captured and replayed."""
-        if not use_graphs(torch.device(self.base.device)):
+        if self._shards.ranks.size > 1 or not use_graphs(torch.device(self.base.device)):
             return model
         from openmint.engine.decode_graphs import GraphedModel
 
@@ -77,7 +81,7 @@ class Engine:
 
     def create_run(self, run_id: RunId, spec: LoraSpec, seed: int) -> int:
         """Start a session with a fresh adapter; its number of parameters."""
-        return self.runs.create(run_id, spec, seed).layout.num_params
+        return self.runs.create(run_id, spec, seed).shard.whole.num_params
 
     def restore_run(self, run_id: RunId, snapshot: RunSnapshot) -> int:
         """Start a session with this state, or overwrite a live one; its number of parameters.
@@ -87,11 +91,7 @@ class Engine:
         if run_id in self.runs and self.runs[run_id].layout.spec != snapshot.spec:
             have, want = self.runs[run_id].layout.spec, snapshot.spec
             raise InvalidRequest(f"run {run_id} trains {have}, the saved state is {want}")
-        layout = self.runs.layout(snapshot.spec)
-        run = self.runs.put(run_id, layout, snapshot.state)
-        if snapshot.grads_P is not None:
-            run.add_gradient(snapshot.grads_P)
-        return layout.num_params
+        return self.runs.restore(run_id, snapshot).shard.whole.num_params
 
     def read_gradient(self, run_id: RunId, read_into: Callable[[memoryview], None]) -> None:
         """Have a logged gradient be the run's accumulated one. Raises StoreFailed."""
@@ -116,7 +116,7 @@ class Engine:
     def export_run(self, run_id: RunId) -> tuple[AdapterWeights, int]:
         """The run's weights, which later updates leave alone, and its number of updates."""
         run = self.runs[run_id]
-        return run.weights, run.state.num_optim_steps
+        return run.share_weights(), run.state.num_optim_steps
 
     @property
     def num_runs(self) -> int:
@@ -151,7 +151,8 @@ class Engine:
         work = self._open.pop(work_id)
         loss_sum, grads_P = sum(work.losses), work.gradient()
         if grads_P is not None:
-            if not is_finite(grads_P):
+            work.run.shard.sum_shares_(grads_P)
+            if not work.run.shard.agree(is_finite(grads_P)):
                 raise NonFinite(
                     f"loss {work.loss.name} gave a gradient with NaN or infinite values (loss "
                     f"{loss_sum}); this forward_backward was left out, the run is unharmed. "
@@ -170,7 +171,6 @@ class Engine:
     def score(self, weights: AdapterWeights, tokens_T: IntArray) -> tuple[FloatArray, bool]:
         """Log-probabilities of the tokens after the first, as a training run with these weights
         would compute them; and whether every B is zero."""
-        weights = AdapterWeights(weights.layout, weights.flat_P.to(self.base.device))
         run = self.runs.passing(weights)
         ones_T = np.ones(len(tokens_T) - 1, np.float32)
         datum = Datum(tokens_T[:-1], {"target_tokens": tokens_T[1:], "weights": ones_T})
@@ -184,7 +184,9 @@ class Engine:
 
     def slot_bytes(self, weights: AdapterWeights) -> int:
         """What a serving slot of these weights takes beside their vector in host memory."""
-        return weights.tiles_bytes if self._is_tiled else weights.num_bytes
+        if self._is_tiled:
+            return weights.tiles_bytes
+        return self._shards.of(weights.layout).layout.num_params * self.dtype.itemsize
 
     def attach(self, revision: Digest, weights: AdapterWeights) -> None:
         """Put weights into a serving slot under their revision's name.
@@ -192,8 +194,9 @@ class Engine:
         An update replaces a run's weight vector and never writes into it, so a slot may share the
         vector that was exported.
         """
-        flat_P = weights.flat_P.to(self.base.device)
-        self._slots[revision] = AdapterWeights(weights.layout, flat_P, revision)
+        shard = self._shards.of(weights.layout)
+        flat_P = shard.take(weights.flat_P).to(self.base.device)
+        self._slots[revision] = AdapterWeights(shard.layout, flat_P, revision)
 
     def detach(self, revision: Digest) -> None:
         del self._slots[revision]

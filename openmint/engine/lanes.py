@@ -19,8 +19,9 @@ T = TypeVar("T")
 
 
 class Lanes:
-    def __init__(self, device: torch.device) -> None:
-        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+    def __init__(self, device: torch.device, are_many: bool = True) -> None:
+        """Not `are_many` where lanes would talk to other ranks, each in an order of its own."""
+        self.count = torch.get_num_threads() if device.type == "cpu" and are_many else 1
         self._pool = ThreadPoolExecutor(
             self.count, "lane", initializer=torch.set_num_threads, initargs=(1,)
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openmint.errors import InvalidRequest
 from openmint.kernels.adamw import Moments, Rates, update
+from openmint.layers.shards import Shard
 from openmint.types import AdamParams
 
 LARGEST_STEP = 1e30
@@ -51,14 +52,19 @@ class SpareState:
 
 
 def adamw(
-    state: AdamState, grads_P: Tensor, adam: AdamParams, spare: SpareState
+    state: AdamState,
+    grads_P: Tensor,
+    adam: AdamParams,
+    spare: SpareState,
+    shard: Shard | None = None,
 ) -> tuple[AdamState, float]:
     """The state after one update, in `spare` memory, and the gradient's norm before clipping.
 
-    `state` and `grads_P` are untouched, so that a refused update changes nothing.
+    `state` and `grads_P` are untouched, so that a refused update changes nothing. They may be one
+    rank's `shard`: all ranks then update at once, and what one of them refuses all do.
     Raises InvalidRequest when the gradient overflows or the update leaves the finite numbers.
     """
-    grad_norm = float(grads_P.norm())
+    grad_norm = shard.norm(grads_P) if shard else float(grads_P.norm())
     if not grad_norm < 1e18:  # its square must fit fp32 too; also true of NaN
         raise InvalidRequest(f"the accumulated gradient has norm {grad_norm}; nothing was applied")
     clips = 0.0 < adam.grad_clip_norm < grad_norm
@@ -76,7 +82,8 @@ def adamw(
     )
     moments = state.params_P, state.exp_avg_P, state.exp_avg_sq_P
     params_P, exp_avg_P, exp_avg_sq_P = update(moments, grads_P, rates, spare.take(len(grads_P)))
-    if not is_finite(params_P) or step_size > LARGEST_STEP:
+    is_sound = is_finite(params_P) and step_size <= LARGEST_STEP
+    if not (shard.agree(is_sound) if shard else is_sound):
         raise InvalidRequest(
             f"optim_step with learning_rate {adam.learning_rate} and eps {adam.eps} would make "
             "weights infinite or NaN; nothing was applied"

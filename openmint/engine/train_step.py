@@ -100,8 +100,8 @@ class Trainer:
         Data of one work, and works of one run, must stand together.
         """
         cuts = self._lanes.split([len(work.data[i].tokens_N) for work, i in items], LANE_TOKENS)
-        shares = zip(self._parts, cuts, strict=False)
-        self._lanes.run([partial(lane.run, items[cut]) for lane, cut in shares])
+        shares = zip(self._parts, (items[cut] for cut in cuts), strict=False)
+        self._lanes.run([partial(lane.run, own, wants_gradient(own)) for lane, own in shares])
 
 
 class TrainLane:
@@ -113,8 +113,8 @@ class TrainLane:
         self._stack = AdapterStack([])
         self._logits = LogitsRoom(model.head)
 
-    def run(self, items: Sequence[Item]) -> None:
-        """Forward and, unless all is forward-only, backward of one packed batch."""
+    def run(self, items: Sequence[Item], needs_grad: bool) -> None:
+        """Forward and, if asked for, backward of one packed batch."""
         works = list({id(work): work for work, _ in items}.values())
         lengths = [len(work.data[i].tokens_N) for work, i in items]
         tokens_T = np.concatenate([work.data[i].tokens_N for work, i in items])
@@ -124,7 +124,6 @@ class TrainLane:
         if (shape := self._model.route_shape) is not None:
             replay = Replay(data, shape, self._device)
         batch = Batch(PackedAttention(lengths, self._device), adapters, replay)
-        needs_grad = not all(work.forward_only for work in works)
         with torch.set_grad_enabled(needs_grad):
             hidden_TD = self._model.forward(self._to(tokens_T), self._to(positions_T), batch)
         grad_TD = torch.zeros_like(hidden_TD) if needs_grad else None
@@ -251,6 +250,11 @@ def _columns(value: AnyArray, num_tokens: int, width: int) -> AnyArray:
     if value.shape[1] == width:
         return value
     return np.pad(value, ((0, 0), (0, width - value.shape[1])))
+
+
+def wants_gradient(items: Sequence[Item]) -> bool:
+    """Whether any of the works wants a gradient."""
+    return not all(work.forward_only for work, _ in items)
 
 
 def _hand_out(work: OpenTrain, own: list[int], logprobs_TK: FloatArray, losses_T: Tensor) -> None:

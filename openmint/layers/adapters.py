@@ -66,7 +66,8 @@ class AdapterLayout:
         self.starts: dict[str, tuple[int, int]] = {}
         """Of each target's A and B."""
         self.num_params = 0
-        for stack in stacks_of(targets):
+        self.stacks = stacks_of(targets)
+        for stack in self.stacks:
             size_a, size_b = spec.rank * stack.num_in, spec.rank * stack.num_out
             bs_start = self.num_params + len(stack.targets) * size_a
             for layer, target in enumerate(stack.targets):
@@ -102,6 +103,17 @@ class AdapterLayout:
         for start, width in zip(self.starts[path], self._widths[path], strict=True):
             sides.append(flat_P[start : start + self.spec.rank * width].reshape(-1, width))
         return sides[0], sides[1]
+
+    def stack_views(self, flat_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """`stack -> (A, B)` of all its targets, `[targets, rank, width]`; views too."""
+        found = {}
+        for stack in self.stacks:
+            shape = len(stack.targets), self.spec.rank
+            start, middle = self.starts[stack.targets[0].path]
+            a = flat_P[start:middle].view(*shape, stack.num_in)
+            stop = middle + shape[0] * shape[1] * stack.num_out
+            found[stack.name] = a, flat_P[middle:stop].view(*shape, stack.num_out)
+        return found
 
     def _view(self, flat_P: Tensor, start: int, width: int) -> Tensor:
         return flat_P[start : start + self.spec.rank * width].view(self.spec.rank, width)

@@ -48,11 +48,13 @@ class MixtureOfExperts:
         self,
         router: Router,
         experts: Sequence[GatedFeedForward],
+        own: slice,
         shared: GatedFeedForward | None,
         place: int,
     ) -> None:
-        """`place` among the layers that have experts."""
-        self.router, self.experts, self.shared = router, experts, shared
+        """`own` says which of all experts these are, the others are on other ranks; `place` among
+        the layers that have experts."""
+        self.router, self.experts, self.own, self.shared = router, experts, own, shared
         self._place = place
 
     @property
@@ -75,17 +77,19 @@ class MixtureOfExperts:
         """Rows are put together by expert, so that each expert multiplies once.
 
         A token's outputs are summed in the order of its row of `expert_TK`, whoever stands beside
-        it in the batch.
+        it in the batch. Experts of other ranks give zeros.
         """
         order_N = expert_TK.flatten().argsort(stable=True)
         token_N = order_N // expert_TK.shape[1]
-        counts = torch.bincount(expert_TK.flatten(), minlength=len(self.experts)).tolist()
-        shares = zip(x_TD[token_N].split(counts), token_N.split(counts), strict=True)
-        parts = []
-        for expert, (x_RD, token_R) in zip(self.experts, shares, strict=True):
+        counts = torch.bincount(expert_TK.flatten(), minlength=self.own.stop).tolist()
+        shares = [*zip(x_TD[token_N].split(counts), token_N.split(counts), strict=True)]
+        before, upto = sum(counts[: self.own.start]), sum(counts[: self.own.stop])
+        parts = [x_TD.new_zeros(before, x_TD.shape[1])]
+        for expert, (x_RD, token_R) in zip(self.experts, shares[self.own], strict=True):
             if len(token_R):
                 own = adapters.at(token_R) if adapters else None
                 parts.append(expert.adapted(x_RD, own))
+        parts.append(x_TD.new_zeros(len(order_N) - upto, x_TD.shape[1]))
         y_TKD = torch.cat(parts)[order_N.argsort()].unflatten(0, expert_TK.shape)
         y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1)
         return y_TD.to(x_TD.dtype)

@@ -163,7 +163,7 @@ class Indexer:
         q_TID = F.linear(q_latent, self._q_weight).unflatten(1, (self._num_heads, -1))
         k_TD = F.linear(x_TD, self._k_weight)
         k_TD = F.layer_norm(k_TD, k_TD.shape[1:], *self._k_norm, eps=NORM_EPS)
-        weight_TI = F.linear(x_TD, self._head_weight).float()
+        weight_TI = F.linear(x_TD.float(), self._head_weight)
         scale = (self._num_heads * k_TD.shape[1]) ** -0.5
         q_TID, k_T1D = self._turned_part(q_TID, angles), self._turned_part(k_TD[:, None], angles)
         return IndexQueries(self.layer, self._num_chosen, q_TID, k_T1D[:, 0], weight_TI * scale)

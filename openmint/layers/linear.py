@@ -21,6 +21,8 @@ from openmint.kernels.jit import as_array
 from openmint.kernels.team import Together, alone
 from openmint.kernels.tile import IS_AVAILABLE, STRIP
 from openmint.layers.adapters import AdapterBatch, GradientSink, LoraDelta
+from openmint.layers.ranks import WHOLE, Split
+from openmint.layers.shards import Piece
 from openmint.types import AnyArray, TargetGroup, TargetModule
 
 _InMemory = tuple[tiled.Weights, Tensor]
@@ -44,9 +46,11 @@ class LoraLinear:
     `TorchLinear` is the reference and runs anywhere; `TiledLinear` is it on AVX512-BF16.
     """
 
-    def __init__(self, group: TargetGroup, parts: Sequence[PartWeights]) -> None:
-        """`parts` in output order."""
-        self.group = group
+    def __init__(
+        self, group: TargetGroup, parts: Sequence[PartWeights], split: Split = WHOLE
+    ) -> None:
+        """`parts` in output order, each this rank's part of a weight."""
+        self.group, self.split = group, split
         self.dtype, self.device = parts[0][1].dtype, parts[0][1].device
         self.num_in, self.num_out = parts[0][1].shape[1], 0
         self.parts: list[Part] = []
@@ -59,6 +63,11 @@ class LoraLinear:
     @property
     def targets(self) -> list[TargetModule]:
         return [TargetModule(p.path, self.group, self.num_in, p.stop - p.start) for p in self.parts]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What this rank has of each target."""
+        return [_piece(target, self.split) for target in self.targets]
 
     def __call__(self, x_TI: Tensor, adapters: AdapterBatch | None) -> Tensor:
         if x_TI.requires_grad:
@@ -94,12 +103,13 @@ class TorchLinear(LoraLinear):
     """By torch: on a GPU the adapters segment by segment; else all of a batch stacked, two products
     per target, however many there are."""
 
-    def __init__(self, group: TargetGroup, parts: Sequence[PartWeights]) -> None:
-        super().__init__(group, parts)
+    def __init__(
+        self, group: TargetGroup, parts: Sequence[PartWeights], split: Split = WHOLE
+    ) -> None:
+        super().__init__(group, parts, split)
         weights = [weight for _, weight, _ in parts]
         self.weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
-        biases = [bias for _, _, bias in parts if bias is not None]
-        self._bias_O = torch.cat(biases) if biases else None
+        self._bias_O = joined_bias(parts)
 
     def forward(
         self, x_TI: Tensor, adapters: AdapterBatch | None, out_TO: Tensor | None = None
@@ -147,9 +157,13 @@ class TiledLinear(LoraLinear):
     """
 
     def __init__(
-        self, group: TargetGroup, parts: Sequence[PartWeights], serves_int8: bool = False
+        self,
+        group: TargetGroup,
+        parts: Sequence[PartWeights],
+        serves_int8: bool = False,
+        split: Split = WHOLE,
     ) -> None:
-        super().__init__(group, parts)
+        super().__init__(group, parts, split)
         weights = [weight for _, weight, _ in parts]
         biases = [bias for _, _, bias in parts if bias is not None]
         nothing = np.empty(0, np.float32)
@@ -250,20 +264,41 @@ class LogitsRoom:
 
 
 def lora_linear(
-    group: TargetGroup, parts: Sequence[PartWeights], serves_int8: bool = False
+    group: TargetGroup,
+    parts: Sequence[PartWeights],
+    serves_int8: bool = False,
+    split: Split = WHOLE,
 ) -> LoraLinear:
     """The fastest kind for these weights on this machine.
 
     Raises InvalidRequest for an int8 serving base where there are no tiles.
     """
     if TiledLinear.suits(parts):
-        return TiledLinear(group, parts, serves_int8)
+        return TiledLinear(group, parts, serves_int8, split)
     if serves_int8:
         raise InvalidRequest(
             "worker.serving_weights = int8 needs worker.dtype = bfloat16, a CPU with AVX512-BF16 "
             "and layers whose widths are multiples of 8"
         )
-    return TorchLinear(group, parts)
+    return TorchLinear(group, parts, split)
+
+
+def joined_bias(parts: Sequence[PartWeights]) -> Tensor | None:
+    """Of all parts, which have biases or have none."""
+    biases = [bias for _, _, bias in parts if bias is not None]
+    return torch.cat(biases) if biases else None
+
+
+def _piece(own: TargetModule, split: Split) -> Piece:
+    rank, size = split.ranks.rank, split.ranks.size
+    ins, outs = (0, own.num_in), (0, own.num_out)
+    whole_in, whole_out = own.num_in, own.num_out
+    if split.axis == "in":
+        ins, whole_in = (rank * own.num_in, (rank + 1) * own.num_in), size * own.num_in
+    if split.axis == "out":
+        outs, whole_out = (rank * own.num_out, (rank + 1) * own.num_out), size * own.num_out
+    whole = TargetModule(own.path, own.group, whole_in, whole_out)
+    return Piece(whole, ins, outs, has_shares=size > 1)
 
 
 def _weights(weights: Sequence[Tensor], bias_O: Any, scale_O: Any) -> _InMemory:

@@ -69,7 +69,7 @@ class TopSoftmaxRouter:
 
 @dataclass(frozen=True, slots=True)
 class SigmoidRouter:
-    """The best experts of the best groups (arXiv:2412.19437): DeepSeek, Kimi, GLM.
+    """The best experts of the best groups (arXiv:2412.19437), in float32: DeepSeek, Kimi, GLM.
 
     `bias_E` balances the load. It decides who is chosen and has no part in the weights.
     """
@@ -83,7 +83,7 @@ class SigmoidRouter:
     scale: float
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD.float(), self.weight_ED.float())
+        return F.linear(x_TD.float(), self.weight_ED)
 
     def choose(self, logits_TE: Tensor) -> Tensor:
         score_TE = logits_TE.sigmoid() + self.bias_E

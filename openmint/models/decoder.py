@@ -20,11 +20,14 @@ from openmint.kernels.adapter_tiles import Direction
 from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import NO_WINDOW, Heads, TiledPages
 from openmint.layers.batch import Batch
-from openmint.layers.feed_forward import GatedFeedForward
+from openmint.layers.feed_forward import GatedFeedForward, MixtureOfExperts
+from openmint.layers.gathered import BlockWeights
 from openmint.layers.grouped_query import GroupedQueryAttention
 from openmint.layers.linear import LoraLinear, TiledLinear, lora_linear
 from openmint.layers.norm import rms_norm
+from openmint.layers.ranks import ALONE, Ranks, Split
 from openmint.layers.rotary import Angles, Rotary
+from openmint.layers.shards import Shards
 from openmint.models.model import CacheShape, RouteShape
 from openmint.models.weights import Module
 from openmint.types import TargetModule
@@ -56,16 +59,22 @@ class Block:
     input_norm_D: Tensor
     feed_forward_norm_D: Tensor
     eps: float
+    attention_ranks: Ranks = ALONE
+    """Which divide the attention; likewise the feed-forward layer."""
+    feed_forward_ranks: Ranks = ALONE
 
     @property
     def linears(self) -> list[LoraLinear]:
         return [*self.attention.linears, *self.feed_forward.linears]
 
     def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        normed_TD = rms_norm(x_TD, self.input_norm_D, self.eps)
-        x_TD = x_TD + self.attention.forward(normed_TD, angles, batch)
+        normed_TD = self.attention_ranks.enter(rms_norm(x_TD, self.input_norm_D, self.eps))
+        y_TD = self.attention.forward(normed_TD, angles, batch)
+        x_TD = x_TD + self.attention_ranks.leave(y_TD)
         normed_TD = rms_norm(x_TD, self.feed_forward_norm_D, self.eps)
-        return x_TD + self.feed_forward.forward(normed_TD, batch)
+        normed_TD = self.feed_forward_ranks.enter(normed_TD)
+        y_TD = self.feed_forward.forward(normed_TD, batch)
+        return x_TD + self.feed_forward_ranks.leave(y_TD)
 
 
 class Decoder:
@@ -84,10 +93,18 @@ class Decoder:
         self.embedding_VD = weights["model.embed_tokens.weight"]
         self.final_norm_D = weights["model.norm.weight"]
         head_VD = self.embedding_VD if config.tie_word_embeddings else weights["lm_head.weight"]
-        self.head = lora_linear("unembed", [("lm_head", head_VD, None)], weights.serves_int8)
+        self.data_ranks = weights.division.data
+        head_parts = [("lm_head", head_VD, None)]
+        split = Split(None, self.data_ranks)
+        self.head = lora_linear("unembed", head_parts, weights.serves_int8, split)
         self.eps = config.rms_norm_eps
         self.rotary, self.cache_shape, self.route_shape = rotary, cache_shape, route_shape
         self._tiled_paths = [each.paths for each in self.linears if isinstance(each, TiledLinear)]
+        pieces = [piece for linear in (*self.linears, self.head) for piece in linear.pieces]
+        self.shards = Shards(pieces, weights.division.world)
+        self._weights: list[BlockWeights] = []
+        if self.data_ranks.size > 1:
+            self._weights = [BlockWeights(layer.linears, self.data_ranks) for layer in blocks]
 
     @property
     def linears(self) -> list[LoraLinear]:
@@ -117,8 +134,12 @@ class Decoder:
             for direction in DIRECTIONS if x_TD.requires_grad else DIRECTIONS[:1]:
                 batch.adapters.stack.lay_out(self._tiled_paths, direction)
         angles = self.rotary.at(positions_T, x_TD.dtype)
-        for layer in self.layers:
-            x_TD = layer.forward(x_TD, angles, batch)
+        for index, layer in enumerate(self.layers):
+            if not self._weights:
+                x_TD = layer.forward(x_TD, angles, batch)
+                continue
+            weights = self._weights[index]
+            x_TD = weights.end(layer.forward(weights.begin(x_TD), angles, batch))
         return rms_norm(x_TD, self.final_norm_D, self.eps)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
@@ -132,12 +153,16 @@ def block(
     config: PretrainedConfig, layer: Module, attention: AttentionLayer, feed_forward: FeedForward
 ) -> Block:
     """The block of a layer whose norms have their usual names."""
+    division = layer.division
+    is_mixture = isinstance(feed_forward, MixtureOfExperts)
     return Block(
         attention,
         feed_forward,
         layer["input_layernorm.weight"],
         layer["post_attention_layernorm.weight"],
         config.rms_norm_eps,
+        division.tensor,
+        division.mixture if is_mixture else division.tensor,
     )
 
 
@@ -149,27 +174,42 @@ def grouped_query(
     sinks_H: Tensor | None = None,
 ) -> GroupedQueryAttention:
     """Attention from `q_proj`, `k_proj`, `v_proj`, `o_proj` and what else the checkpoint has."""
-    scale = head_dim_of(config) ** -0.5
+    scale, ranks = head_dim_of(config) ** -0.5, module.division.tensor
+    own_heads = ranks.part(config.num_attention_heads, "heads")
+    if sinks_H is not None:
+        sinks_H = sinks_H[own_heads]
     heads = Heads(index, scale, NO_WINDOW if window is None else window, sinks_H)
+    q_norm_D, k_norm_D = module.get("q_norm.weight"), module.get("k_norm.weight")
+    if ranks.size > 1 and q_norm_D is not None and len(q_norm_D) != head_dim_of(config):
+        raise InvalidRequest(
+            "worker.tensor_parallel can't divide attention whose q_norm spans all heads; "
+            "use worker.expert_parallel"
+        )
     return GroupedQueryAttention(
         heads,
-        (config.num_attention_heads, config.num_key_value_heads),
-        module.linear("attn", "q_proj", "k_proj", "v_proj"),
-        module.linear("attn", "o_proj"),
-        (module.get("q_norm.weight"), module.get("k_norm.weight")),
+        (own_heads.stop - own_heads.start, num_kv_heads(config, ranks)),
+        module.linear("attn", "q_proj", "k_proj", "v_proj", split=Split("out", ranks)),
+        module.linear("attn", "o_proj", split=Split("in", ranks)),
+        (q_norm_D, k_norm_D),
         config.rms_norm_eps,
     )
 
 
-def gated(module: Module) -> GatedFeedForward:
+def num_kv_heads(config: PretrainedConfig, ranks: Ranks) -> int:
+    """This rank's heads of keys. Raises InvalidRequest where there aren't as many on each."""
+    own = ranks.part(config.num_key_value_heads, "heads of keys and values")
+    return int(own.stop - own.start)
+
+
+def gated(module: Module, ranks: Ranks = ALONE) -> GatedFeedForward:
     """A feed-forward layer, or expert, from `gate_proj`, `up_proj` and `down_proj`."""
-    gate_up = module.linear("mlp", "gate_proj", "up_proj")
-    return GatedFeedForward(gate_up, module.linear("mlp", "down_proj"))
+    gate_up = module.linear("mlp", "gate_proj", "up_proj", split=Split("out", ranks))
+    return GatedFeedForward(gate_up, module.linear("mlp", "down_proj", split=Split("in", ranks)))
 
 
-def grouped_query_cache(config: PretrainedConfig) -> CacheShape:
+def grouped_query_cache(config: PretrainedConfig, ranks: Ranks) -> CacheShape:
     width = head_dim_of(config)
-    return CacheShape(config.num_hidden_layers, config.num_key_value_heads, width, width)
+    return CacheShape(config.num_hidden_layers, num_kv_heads(config, ranks), width, width)
 
 
 def head_dim_of(config: PretrainedConfig) -> int:

@@ -11,8 +11,10 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
+from openmint.errors import InvalidRequest
 from openmint.layers.attention import Heads
 from openmint.layers.latent import Indexer, LatentAttention, LatentShape
+from openmint.layers.ranks import Split
 from openmint.layers.rotary import Rotary
 from openmint.models.decoder import Decoder, block, check_activation, layers_of
 from openmint.models.mixture import with_shared, with_shared_routes
@@ -68,28 +70,37 @@ def _attention(
     *,
     is_sparse: bool,
 ) -> LatentAttention:
+    ranks = module.division.tensor
+    own_heads = ranks.part(config.num_attention_heads, "heads")
     shape = LatentShape(
-        config.num_attention_heads,
+        own_heads.stop - own_heads.start,
         config.kv_lora_rank,
         config.qk_nope_head_dim,
         config.qk_rope_head_dim,
         config.v_head_dim,
     )
+    by_head = Split("out", ranks)
     q_up, q_name = None, "q_proj"
+    if config.q_lora_rank is None and ranks.size > 1:
+        raise InvalidRequest(
+            "worker.tensor_parallel can't divide latent attention without q_lora_rank; "
+            "use worker.expert_parallel"
+        )
     if config.q_lora_rank is not None:
         q_up, q_name = (
-            (module["q_a_layernorm.weight"], module.linear("attn", "q_b_proj")),
+            (module["q_a_layernorm.weight"], module.linear("attn", "q_b_proj", split=by_head)),
             "q_a_proj",
         )
+    width = shape.from_latent + shape.value
     return LatentAttention(
         Heads(index, _scale(config), values_within=shape.latent, is_sparse=is_sparse),
         shape,
-        module.linear("attn", q_name, "kv_a_proj_with_mqa"),
+        module.linear("attn", q_name, "kv_a_proj_with_mqa", split=Split(None, ranks)),
         q_up,
         module["kv_a_layernorm.weight"],
-        module.linear("attn", "kv_b_proj"),
-        module["kv_b_proj.weight"],
-        module.linear("attn", "o_proj"),
+        module.linear("attn", "kv_b_proj", split=by_head),
+        module.part("kv_b_proj.weight", slice(own_heads.start * width, own_heads.stop * width)),
+        module.linear("attn", "o_proj", split=Split("in", ranks)),
         indexer,
         turns_pairs=is_sparse or getattr(config, "rope_interleave", True),
     )
@@ -100,7 +111,7 @@ def _indexer(config: PretrainedConfig, module: Module, place: int) -> Indexer:
         place,
         config.index_n_heads,
         config.index_topk,
-        (module["wq_b.weight"], module["wk.weight"], module["weights_proj.weight"]),
+        (module["wq_b.weight"], module["wk.weight"], module.exact("weights_proj.weight")),
         (module["k_norm.weight"], module["k_norm.bias"]),
         config.qk_rope_head_dim,
         turns_pairs=(config.architectures or [""])[0] == INDEX_PAIRS,

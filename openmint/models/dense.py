@@ -41,20 +41,24 @@ class DenseModel(Decoder):
 
     def __init__(self, config: PretrainedConfig, weights: Module) -> None:
         _check(config)
+        if weights.division.experts.size > 1:
+            raise InvalidRequest("this base has no experts; use worker.tensor_parallel")
         window = _window(config)
         blocks = [
             block(
                 config,
                 layer,
                 grouped_query(config, layer.under("self_attn"), index, window),
-                gated(layer.under("mlp")),
+                gated(layer.under("mlp"), weights.division.tensor),
             )
             for index, layer in enumerate(layers_of(config, weights))
         ]
         device = str(blocks[0].input_norm_D.device)
         rotary = Rotary(config, head_dim_of(config), device)
-        super().__init__(config, weights, blocks, rotary, grouped_query_cache(config))
-        suits = TiledDense.suits(self)
+        cache = grouped_query_cache(config, weights.division.tensor)
+        super().__init__(config, weights, blocks, rotary, cache)
+        # One kernel for the whole stack has no place where ranks could meet.
+        suits = self.shards.ranks.size == 1 and TiledDense.suits(self)
         self._tiled = TiledDense(self) if suits else None
         self._training = TiledTraining(self) if suits else None
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from openmint.config import WorkerConfig
 from openmint.errors import InvalidRequest
+from openmint.layers.ranks import ALONE, UNDIVIDED, Division, meet
 from openmint.models import deepseek, dense, gpt_oss, mixture
 from openmint.models.model import Model
 from openmint.models.weights import Module, Weights
@@ -33,12 +34,31 @@ DEQUANTIZED_BY = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 """Quantizations that `transformers` undoes as it loads, and its settings for them."""
 
 
-def load_model(
-    name: str, directory: Path, digest: Digest, config: WorkerConfig
-) -> tuple[Model, BaseInfo]:
-    """The base in `directory`, resident on the configured device, and what to tell others of it.
+def divide(config: WorkerConfig, rank: int, meeting: Path, first_device: int) -> Division:
+    """This rank's place among the worker's, once all of them have come to the file `meeting`. On
+    GPUs it takes the one with its number, counted from `first_device`."""
+    if config.device != "cpu":
+        torch.cuda.set_device(first_device + rank)
+    ranks = meet(rank, config.num_ranks, meeting, config.device)
+    return Division(
+        ranks if config.tensor_parallel > 1 else ALONE,
+        ranks if config.expert_parallel > 1 else ALONE,
+        ranks if config.data_parallel > 1 else ALONE,
+    )
 
-    Raises InvalidRequest for an architecture, dtype, layout or quantization that is not supported.
+
+def load_model(
+    name: str,
+    directory: Path,
+    digest: Digest,
+    config: WorkerConfig,
+    division: Division = UNDIVIDED,
+) -> tuple[Model, BaseInfo]:
+    """The base in `directory`, or this rank's part of it, resident on the configured device, and
+    what to tell others of the whole.
+
+    Raises InvalidRequest for an architecture, dtype, layout, quantization or division that is not
+    supported.
     """
     if config.dtype not in DTYPES:
         known = ", ".join(DTYPES)
@@ -69,7 +89,7 @@ def load_model(
             "written; start the worker with worker.device = cpu"
         )
     weights = Weights(directory, DTYPES[config.dtype], device)
-    module = Module(weights, "", config.serving_weights == "int8")
+    module = Module(weights, "", config.serving_weights == "int8", division)
     model = FAMILIES[architecture](hf_config, module)
     info = describe(model, hf_config, config, name=name, digest=digest, directory=str(directory))
     return model, replace(info, eos_token_ids=_eos_token_ids(directory, hf_config))
@@ -101,7 +121,8 @@ def describe(
     directory: str,
 ) -> BaseInfo:
     """What to tell others of a resident base that has this config; no token ends a completion."""
-    num_params = sum(t.num_in * t.num_out for t in model.targets)
+    targets = model.shards.targets
+    num_params = sum(t.num_in * t.num_out for t in targets)
     return BaseInfo(
         name=name,
         digest=digest,
@@ -115,7 +136,7 @@ def describe(
         num_params=num_params,
         weight_bytes=num_params * DTYPES[config.dtype].itemsize,
         max_rank=config.max_rank,
-        stacks=stacks_of(model.targets),
+        stacks=stacks_of(targets),
     )
 
 

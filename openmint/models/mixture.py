@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from openmint.errors import InvalidRequest
 from openmint.layers.feed_forward import GatedFeedForward, MixtureOfExperts
+from openmint.layers.ranks import ALONE
 from openmint.layers.rotary import Rotary
 from openmint.layers.router import SigmoidRouter, SoftmaxRouter
 from openmint.models.decoder import (
@@ -54,11 +55,11 @@ def softmax_mixture(config: PretrainedConfig, weights: Module) -> Decoder:
 
     def feed_forward(module: Module, index: int) -> FeedForward:
         if index not in sparse:
-            return gated(module)
+            return gated(module, module.division.tensor)
         sums_to_one = getattr(config, "norm_topk_prob", True)
         router = SoftmaxRouter(module["gate.weight"], config.num_experts_per_tok, sums_to_one)
         routed = experts(module, config.num_experts)
-        return MixtureOfExperts(router, routed, None, sparse.index(index))
+        return MixtureOfExperts(router, *routed, None, sparse.index(index))
 
     shape = RouteShape(len(sparse), config.num_experts, config.num_experts_per_tok)
     return _decoder(config, weights, feed_forward, shape)
@@ -75,9 +76,9 @@ def mixtral(config: PretrainedConfig, weights: Module) -> Decoder:
 
 def minimax_m2(config: PretrainedConfig, weights: Module) -> Decoder:
     def feed_forward(module: Module, index: int) -> FeedForward:
-        gate_ED, bias_E = module["gate.weight"], module["e_score_correction_bias"].float()
+        gate_ED, bias_E = module.exact("gate.weight"), module.exact("e_score_correction_bias")
         router = SigmoidRouter(gate_ED, bias_E, config.num_experts_per_tok, 1, 1, True, 1.0)
-        return MixtureOfExperts(router, experts(module, config.num_experts), None, index)
+        return MixtureOfExperts(router, *experts(module, config.num_experts), None, index)
 
     own = replace(weights, weights=OwnNames(weights.weights))
     shape = RouteShape(config.num_hidden_layers, config.num_experts, config.num_experts_per_tok)
@@ -96,6 +97,15 @@ class OwnNames:
     def get(self, name: str) -> Tensor | None:
         return self.tensors.get(self._own(name))
 
+    def exact(self, name: str) -> Tensor:
+        return self.tensors.exact(self._own(name))
+
+    def part(self, name: str, cut: tuple[slice, ...]) -> Tensor:
+        return self.tensors.part(self._own(name), cut)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(self._own(name))
+
     def _own(self, name: str) -> str:
         for usual, own in OWN_NAMES.items():
             name = name.replace(usual, own)
@@ -106,19 +116,21 @@ def with_shared(config: PretrainedConfig, module: Module, index: int) -> FeedFor
     """The feed-forward layer of DeepSeek-V3 and its like: some, the first, are dense; the others
     have routed experts beside one that all tokens share."""
     if index not in (sparse := _sparse_layers(config)):
-        return gated(module)
+        return gated(module, module.division.tensor)
     router = SigmoidRouter(
-        module["gate.weight"],
-        module["gate.e_score_correction_bias"].float(),
+        module.exact("gate.weight"),
+        module.exact("gate.e_score_correction_bias"),
         config.num_experts_per_tok,
         config.n_group,
         config.topk_group,
         config.norm_topk_prob,
         config.routed_scaling_factor,
     )
-    shared = gated(module.under("shared_experts")) if config.n_shared_experts else None
+    shared = None
+    if config.n_shared_experts:
+        shared = gated(module.under("shared_experts"), module.division.mixture)
     routed = experts(module, config.n_routed_experts)
-    return MixtureOfExperts(router, routed, shared, sparse.index(index))
+    return MixtureOfExperts(router, *routed, shared, sparse.index(index))
 
 
 def with_shared_routes(config: PretrainedConfig) -> RouteShape:
@@ -134,9 +146,13 @@ def _sparse_layers(config: PretrainedConfig) -> list[int]:
     return list(range(config.first_k_dense_replace, config.num_hidden_layers))
 
 
-def experts(module: Module, count: int) -> list[GatedFeedForward]:
-    """Experts that a checkpoint has one by one."""
-    return [gated(module.under(f"experts.{expert}")) for expert in range(count)]
+def experts(module: Module, count: int) -> tuple[list[GatedFeedForward], slice]:
+    """Experts that a checkpoint has one by one: this rank's, and which they are. Where experts
+    aren't divided among ranks each of them is."""
+    division = module.division
+    own = division.experts.part(count, "experts")
+    ranks = division.tensor if division.experts.size == 1 else ALONE
+    return [gated(module.under(f"experts.{e}"), ranks) for e in range(own.start, own.stop)], own
 
 
 def _decoder(
@@ -159,4 +175,5 @@ def _decoder(
     ]
     width = int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
     rotary = Rotary(config, width, str(blocks[0].input_norm_D.device))
-    return Decoder(config, weights, blocks, rotary, grouped_query_cache(config), routes)
+    cache = grouped_query_cache(config, weights.division.tensor)
+    return Decoder(config, weights, blocks, rotary, cache, routes)

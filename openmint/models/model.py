@@ -11,6 +11,8 @@ from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import TiledPages
 from openmint.layers.batch import Batch
 from openmint.layers.linear import LoraLinear
+from openmint.layers.ranks import Ranks
+from openmint.layers.shards import Shards
 from openmint.types import TargetModule
 
 
@@ -54,10 +56,14 @@ class Model(Protocol):
     cache_shape: CacheShape
     route_shape: RouteShape | None
     """None: its tokens choose nothing."""
+    shards: Shards
+    """Which parts of the targets every rank has."""
+    data_ranks: Ranks
+    """Those that divide the data of training."""
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:
-        """Modules that adapters may change, in the fixed order of the flat adapter layout."""
+        """Modules that adapters may change, as this rank has them."""
         ...
 
     @property
