@@ -227,14 +227,16 @@ def make_plan(base: PlannedBase, gpus: int, gpu_bytes: int, ranks: Sequence[int]
         traffic=room.traffic,
         notes=(
             *base.notes,
-            *_notes(room.placement),
+            *_notes(room.placement, gpus),
             *(_no_run(room, lacking[rank], gpus) for rank in sorted(lacking)),
         ),
     )
 
 
-def _notes(placement: Placement) -> list[str]:
+def _notes(placement: Placement, gpus: int) -> list[str]:
     notes = []
+    if rest := gpus - placement.workers * placement.ranks:
+        notes.append(f"{gpus_of(rest)} of {gpus} left over: the base isn't divided evenly by more")
     if placement.ranks > MACHINE:
         notes.append(f"a worker's ranks are on one machine so far; this one has {placement.ranks}")
     if placement.data > 1:
@@ -250,10 +252,13 @@ def _rooms(base: PlannedBase, gpus: int, gpu_bytes: int, *, by_data: bool) -> li
 
 
 def _choose(base: PlannedBase, gpus: int, gpu_bytes: int, specs: Sequence[LoraSpec]) -> Room | None:
+    """Of what uses most GPUs. Data are divided only where nothing else holds the base."""
     for by_data in (False, True):
-        holding = [r for r in _rooms(base, gpus, gpu_bytes, by_data=by_data) if r.holds_base]
-        if holding:  # of those that train as many, max gives the first, the smallest
-            return max(holding, key=lambda room: sum(room.trains(spec) for spec in specs))
+        for used in range(gpus, 0, -1):
+            rooms = _rooms(base, used, gpu_bytes, by_data=by_data)
+            if holding := [room for room in rooms if room.holds_base]:
+                # Of those that train as many, max gives the first, the smallest.
+                return max(holding, key=lambda room: sum(room.trains(spec) for spec in specs))
     return None
 
 
@@ -262,7 +267,11 @@ def _too_large(base: PlannedBase, gpus: int, gpu_bytes: int) -> InvalidRequest:
     best = max(rooms, key=lambda room: room.memory.left)
     memory, beside = best.memory, PARTS * LEAST_TOKENS * best.kv.bytes_per_token
     needed = (memory.weights_total + memory.gathered + beside) / (1 - RESERVE)
-    remedy = _remedy(gpus, gpu_bytes, lambda n: _choose(base, n, gpu_bytes, []) is not None)
+    remedy = _remedy(
+        gpus,
+        gpu_bytes,
+        lambda n: any(each.holds_base for each in _rooms(base, n, gpu_bytes, by_data=False)),
+    )
     return InvalidRequest(
         f"{base.info.name} ({base.num_params / GB:,.4g} billion parameters in {base.info.dtype}) "
         f"doesn't fit {gpus_of(gpus)} of {gpu_bytes / GB:g} GB: each would hold "

@@ -80,6 +80,14 @@ def test_a_worker_that_also_trains_is_preferred_to_a_smaller_one(mixture: Planne
     assert plan(mixture, 4, gpu_bytes).placement.ranks > 1
 
 
+def test_gpus_that_divide_nothing_are_left_over(mixture: PlannedBase) -> None:
+    gpu_bytes = enough_for(mixture, Placement(1, 2, expert=2))
+    made = plan(mixture, 3, gpu_bytes, ())
+    assert (made.placement.workers, made.placement.ranks) == (1, 2)
+    assert "1 GPU of 3 left over" in made.notes[-1]
+    assert made.gpus == 3
+
+
 def test_a_base_that_does_not_fit_is_refused_and_the_remedies_work(mixture: PlannedBase) -> None:
     gpu_bytes = enough_for(mixture, Placement(1, 4, expert=4))
     with pytest.raises(InvalidRequest, match="doesn't fit 1 GPU of") as refused:
