@@ -85,6 +85,9 @@ def _summary(made: Plan) -> Mapping[str, Any]:
         "summed per token": f"{size(traffic.sampled_token)} in {traffic.sums_per_token} sums to "
         f"sample, {size(traffic.trained_token)} to train",
     }
+    if kv.record_bytes_per_token:
+        record = size(kv.record_bytes_per_token)
+        found["host memory"] = f"{record} for each token in the KV cache, of what it chose"
     if traffic.gathered_per_pass:
         found["gathered per pass"] = f"{size(traffic.gathered_per_pass)} of weights on each GPU"
     return found

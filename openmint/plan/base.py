@@ -25,7 +25,7 @@ from openmint.models.loader import (
     runs_on_gpus,
 )
 from openmint.models.meta import Read, meta_model, shapes_of
-from openmint.models.model import CacheShape
+from openmint.models.model import CacheShape, RouteShape
 from openmint.plan.placement import Placement, Widths, cuts_of
 from openmint.types import EXPERT, LAYER, BaseInfo, Digest, LoraSpec, TargetStack
 
@@ -98,6 +98,7 @@ class PlannedBase:
     table_bytes: int
     """Cosines and sines of positions."""
     cache: CacheShape
+    routes: RouteShape | None
     num_layers: int
     num_mixtures: int
     """Layers that have experts."""
@@ -136,6 +137,16 @@ class PlannedBase:
         if placement.by_tensor and cache.value_width:
             heads //= placement.ranks
         return self.itemsize * (heads + index)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of host memory that a token's choices take while it is in the KV cache."""
+        routes = self.routes
+        if routes is None:
+            return 0
+        expert_bytes = 1 if routes.num_experts <= 256 else 2
+        experts = routes.num_layers * routes.num_chosen * expert_bytes
+        return experts + routes.num_indexers * routes.num_keys * 4
 
     def adapter_values(self, spec: LoraSpec, placement: Placement) -> tuple[int, int]:
         """Of an adapter, what a rank holds, and how much of that has its gradients summed over
@@ -193,6 +204,7 @@ def planned_base(path: Path, dtype: str, note: Callable[[int, int], None]) -> Pl
         largest_layer=_largest_layer(reads),
         table_bytes=model.rotary.cos_ND.nbytes + model.rotary.sin_ND.nbytes,
         cache=model.cache_shape,
+        routes=model.route_shape,
         num_layers=layers,
         num_mixtures=num_mixtures,
         hidden_size=config.hidden_size,

@@ -59,6 +59,8 @@ class KvRoom:
     """On each rank."""
     bytes_per_rank: int
     tokens: int
+    record_bytes_per_token: int
+    """Of what a token chose, in host memory, on each rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,8 @@ class Room:
     @property
     def kv(self) -> KvRoom:
         each = self.base.token_bytes(self.placement)
-        return KvRoom(each, self.part_bytes, self.part_bytes // each)
+        tokens = self.part_bytes // each
+        return KvRoom(each, self.part_bytes, tokens, self.base.record_bytes)
 
     def adapters(self, spec: LoraSpec) -> AdapterRoom:
         held, summed = self.base.adapter_values(spec, self.placement)

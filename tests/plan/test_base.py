@@ -7,12 +7,14 @@ from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
 
 from openmint.config import WorkerConfig
+from openmint.engine.route_record import RouteCache
 from openmint.errors import InvalidRequest
 from openmint.layers import linear
 from openmint.models.loader import architecture_of, load_model, read_config
@@ -146,6 +148,14 @@ def test_latents_are_on_every_rank_and_heads_on_one(tmp_path: Path) -> None:
     assert latent.token_bytes(divided) == latent.token_bytes(ONE)
     grouped = planned(random_model("qwen3", tmp_path / "grouped"))
     assert 2 * grouped.token_bytes(divided) == grouped.token_bytes(ONE)
+
+
+def test_a_token_that_chooses_leaves_a_record(folder: Path) -> None:
+    base = planned(folder)
+    shape = base.routes
+    held = RouteCache(shape, 10).__dict__.values() if shape else ()
+    arrays = [each for each in held if isinstance(each, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) == 10 * base.record_bytes
 
 
 def test_ranks_divide_only_what_they_divide_evenly() -> None:
