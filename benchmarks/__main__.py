@@ -35,6 +35,7 @@ QUESTIONS = (
     "load",
     "concurrent",
     "catalog",
+    "plan",
 )
 """Modules of this package with `ask(stage, repeats)`."""
 

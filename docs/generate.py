@@ -57,8 +57,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 not found, 4 conflict. `
 JSON document on stdout. Tables become tab-separated lines without a head when piped. Commands that
 change what is served ask first; `--yes` answers for scripts. Errors go to stderr.
 
-Remote commands (all but `serve`, `keys`, `doctor` and `tokenizer`) talk to `--url` with `--key`, or
-with the key in `DATA/admin.key`.
+Remote commands (all but `serve`, `keys`, `doctor`, `plan` and `tokenizer`) talk to `--url` with
+`--key`, or with the key in `DATA/admin.key`.
 """
 
 

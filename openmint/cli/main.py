@@ -16,6 +16,7 @@ from openmint.cli import (
     doctor,
     journal,
     keys,
+    plan,
     residency,
     tenants,
     tokenizer,
@@ -39,6 +40,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 backup.register(app)
 catalog_commands.register(app)
 chat.register(app)
+plan.register(app)
 residency.register(app)
 tenants.register(app)
 traffic.register(app)

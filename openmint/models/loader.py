@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from openmint.config import WorkerConfig
 from openmint.errors import InvalidRequest
@@ -28,6 +30,8 @@ FAMILIES: dict[str, Callable[[PretrainedConfig, Module], Model]] = {
 }
 """Architecture names of config.json, and who computes them. A new family adds its line here."""
 
+PUBLISHED_AS = {"kimi_k2": "deepseek_v3"}
+"""Model types whose config.json asks for code of its own, and those that they are in truth."""
 SERVING_WEIGHTS = ("same", "int8")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEQUANTIZED_BY = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
@@ -63,12 +67,8 @@ def load_model(
     if config.dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise InvalidRequest(f"worker.dtype {config.dtype!r} is not supported; supported: {known}")
-    if not (directory / "config.json").is_file():
-        raise InvalidRequest(
-            f"{directory} holds no config.json; --base wants a Hugging Face folder"
-        )
-    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    architecture = (hf_config.architectures or ["unknown"])[0]
+    hf_config = read_config(directory)
+    architecture = architecture_of(hf_config)
     if architecture not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise InvalidRequest(f"architecture {architecture!r} is not supported; supported: {known}")
@@ -83,7 +83,7 @@ def load_model(
         raise InvalidRequest(
             f"worker.serving_weights {given!r} is not supported; supported: {known}"
         )
-    if device.type != "cpu" and architecture not in dense.ARCHITECTURES:
+    if device.type != "cpu" and not runs_on_gpus(architecture):
         raise InvalidRequest(
             f"architecture {architecture!r} runs on CPUs only so far: its kernels for GPUs are not "
             "written; start the worker with worker.device = cpu"
@@ -93,6 +93,40 @@ def load_model(
     model = FAMILIES[architecture](hf_config, module)
     info = describe(model, hf_config, config, name=name, digest=digest, directory=str(directory))
     return model, replace(info, eos_token_ids=_eos_token_ids(directory, hf_config))
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The config of a Hugging Face folder, or of a config.json.
+
+    Raises InvalidRequest where there is none that `transformers` knows.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InvalidRequest(
+            f"there is no {file}; --base wants a Hugging Face folder, which holds a config.json"
+        )
+    try:
+        values = json.loads(file.read_text())
+        if values.get("model_type") in PUBLISHED_AS:
+            values["model_type"] = PUBLISHED_AS[values["model_type"]]
+            known = CONFIG_MAPPING[values["model_type"]]
+            config: PretrainedConfig = known.from_dict(values)
+        else:
+            config = AutoConfig.from_pretrained(
+                file, local_files_only=True, trust_remote_code=False
+            )
+        return config
+    except (ValueError, AttributeError, StrictDataclassError) as error:
+        raise InvalidRequest(f"{file} is no config that transformers knows: {error}") from None
+
+
+def architecture_of(config: PretrainedConfig) -> str:
+    return (config.architectures or ["unknown"])[0]
+
+
+def runs_on_gpus(architecture: str) -> bool:
+    """Whether its kernels for GPUs are written."""
+    return architecture in dense.ARCHITECTURES
 
 
 def quantization_of(config: PretrainedConfig) -> str | None:
@@ -126,7 +160,7 @@ def describe(
     return BaseInfo(
         name=name,
         digest=digest,
-        architecture=(hf_config.architectures or ["unknown"])[0],
+        architecture=architecture_of(hf_config),
         directory=directory,
         dtype=config.dtype,
         device=config.device,

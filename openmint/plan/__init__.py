@@ -1,0 +1,1 @@
+"""What a base would need on how many GPUs, told from its config alone."""
