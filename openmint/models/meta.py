@@ -18,7 +18,7 @@ from openmint.errors import InvalidRequest
 from openmint.layers.ranks import UNDIVIDED, Division
 from openmint.models.decoder import Decoder
 from openmint.models.loader import FAMILIES
-from openmint.models.mixture import OWN_NAMES
+from openmint.models.mixture import usual_name
 from openmint.models.weights import Module
 from openmint.types import LAYER
 
@@ -32,6 +32,8 @@ class Read:
     name: str
     shape: tuple[int, ...]
     """Of what it took."""
+    itemsize: int
+    """Bytes of a value."""
 
 
 class MetaTensors:
@@ -70,12 +72,12 @@ class MetaTensors:
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         self._watch(name)
-        self.reads.append(Read(name, shape))
-        return torch.empty(shape, dtype=dtype or self._dtype, device="meta")
+        dtype = dtype or self._dtype
+        self.reads.append(Read(name, shape, dtype.itemsize))
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def _shape(self, name: str) -> tuple[int, ...] | None:
-        for usual, own in OWN_NAMES.items():
-            name = name.replace(own, usual)
+        name = usual_name(name)
         if (shape := self.shapes.get(name)) is not None:
             return shape
         expert = ONE_EXPERT.fullmatch(name)

@@ -85,6 +85,13 @@ def minimax_m2(config: PretrainedConfig, weights: Module) -> Decoder:
     return _decoder(config, own, feed_forward, shape)
 
 
+def usual_name(name: str) -> str:
+    """A tensor's name in such a checkpoint as other families have it; other names as they are."""
+    for usual, own in OWN_NAMES.items():
+        name = name.replace(own, usual)
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class OwnNames:
     """The tensors of such a checkpoint, by the usual names."""

@@ -25,6 +25,7 @@ from openmint.models.loader import (
     runs_on_gpus,
 )
 from openmint.models.meta import Read, meta_model, shapes_of
+from openmint.models.mixture import usual_name
 from openmint.models.model import CacheShape, RouteShape
 from openmint.plan.placement import Placement, Widths, cuts_of
 from openmint.types import EXPERT, LAYER, BaseInfo, Digest, LoraSpec, TargetStack
@@ -56,6 +57,8 @@ class Kind:
     """Whether each belongs to one expert."""
     is_gathered: bool
     """Whether ranks that divide data have some of its rows each, and gather them to compute."""
+    itemsize: int
+    """Bytes of a value."""
 
     @property
     def share(self) -> Share:
@@ -65,8 +68,11 @@ class Kind:
     def values(self) -> int:
         return self.count * prod(self.shape)
 
-    def values_on(self, placement: Placement) -> int:
-        """How many of their values a rank holds."""
+    def bytes_on(self, placement: Placement) -> int:
+        """What a rank holds of them."""
+        return self.itemsize * self._values_on(placement)
+
+    def _values_on(self, placement: Placement) -> int:
         if placement.data > 1:
             return ceil(self.values / placement.ranks) if self.is_gathered else self.values
         each = prod(placement.sizes(self.name, self.shape, self.of_experts))
@@ -74,15 +80,19 @@ class Kind:
 
 
 def kinds_of(reads: Iterable[Read]) -> list[Kind]:
-    counts: Counter[tuple[str, tuple[int, ...], bool, bool]] = Counter()
+    counts: Counter[tuple[str, tuple[int, ...], bool, bool, int]] = Counter()
     seen = set()
     for read in reads:
-        name = EXPERT.sub("", LAYER.sub("", read.name))
+        name = EXPERT.sub("", LAYER.sub("", usual_name(read.name)))
         # Whatever is taken once more is for another use than the layer's.
         is_gathered = GATHERED.fullmatch(name) is not None and read.name not in seen
         seen.add(read.name)
-        counts[name, read.shape, EXPERT.search(read.name) is not None, is_gathered] += 1
-    return [Kind(name, shape, count, *rest) for (name, shape, *rest), count in counts.items()]
+        is_expert = EXPERT.search(read.name) is not None
+        counts[name, read.shape, is_expert, is_gathered, read.itemsize] += 1
+    return [
+        Kind(name, shape, count, is_expert, is_gathered, itemsize)
+        for (name, shape, is_expert, is_gathered, itemsize), count in counts.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +120,13 @@ class PlannedBase:
         """What a rank of a worker holds of the base."""
         found: dict[Share, int] = defaultdict(int)
         for kind in self.kinds:
-            found[kind.share] += kind.values_on(placement) * self.itemsize
+            found[kind.share] += kind.bytes_on(placement)
         found["others"] += self.table_bytes
         return dict(found)
 
     def layer_bytes(self, placement: Placement) -> int:
         """What a rank holds of the largest layer."""
-        return self.itemsize * sum(kind.values_on(placement) for kind in self.largest_layer)
+        return sum(kind.bytes_on(placement) for kind in self.largest_layer)
 
     @property
     def gathered_layer_bytes(self) -> int:

@@ -26,6 +26,7 @@ that all tokens pass."""
 CUTS: tuple[tuple[str, Cuts], ...] = (
     (r"indexer\..*", ()),
     (r"(\w*norm|gate|router)\.(weight|bias|e_score_correction_bias)", ()),
+    (r"e_score_correction_bias", ()),
     (r"(q_a_proj|kv_a_proj_with_mqa)\.(weight|bias)", ()),
     (r"shared_experts\.(gate|up)_proj\.weight", ("shared",)),
     (r"shared_experts\.down_proj\.weight", (None, "shared")),

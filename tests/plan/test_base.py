@@ -172,9 +172,9 @@ def test_an_unsupported_architecture_is_refused_by_what_is_missing(tmp_path: Pat
     config.save_pretrained(tmp_path)
     with pytest.raises(InvalidRequest, match=r"Qwen3NextForCausalLM.*linear_attn.conv1d.weight"):
         planned(tmp_path)
-    config = transformers.MixtralConfig(num_hidden_layers=2, architectures=["MixtralForCausalLM"])
+    config = transformers.OlmoConfig(num_hidden_layers=2, architectures=["OlmoForCausalLM"])
     config.save_pretrained(tmp_path)
-    with pytest.raises(InvalidRequest, match=r"MixtralForCausalLM.*missing: a family"):
+    with pytest.raises(InvalidRequest, match=r"OlmoForCausalLM.*missing: a family"):
         planned(tmp_path)
     config = transformers.T5Config(architectures=["T5ForConditionalGeneration"])
     config.save_pretrained(tmp_path)
