@@ -16,7 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from openmint.engine.formats import encode_revision
 from openmint.errors import InvalidRequest
+from openmint.layers.adapters import AdapterWeights
 from openmint.scheduler.work import ExportRun, SampleWork
 from openmint.store.adapter_file import (
     BASE_DTYPES,
@@ -30,7 +32,15 @@ from openmint.store.fused_experts import PARAMETERS, has_experts
 from openmint.store.peft_file import from_peft, to_peft
 from openmint.types import BaseInfo, LoraSpec, RunId, SamplingParams, Tenant
 from tests.adapted import AdaptedReference
-from tests.workbench import MIXTURES, Workbench, prompt_of, random_model, reference
+from tests.workbench import (
+    MIXTURES,
+    Workbench,
+    datum,
+    prompt_of,
+    random_model,
+    reference,
+    train_work,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     # `peft` names patterns that its first pass, over modules, did not need.
@@ -66,11 +76,11 @@ def random_adapter(base: BaseInfo, dtype: str = "float32") -> bytes:
     return encode_adapter(tensors, base.digest, SPEC)
 
 
-def loaded_by_peft(folder: Path, files: Mapping[str, bytes], directory: Path) -> Any:
+def loaded_by_peft(folder: Path, files: Mapping[str, bytes], directory: Path, **how: bool) -> Any:
     directory.mkdir()
     for name, content in files.items():
         (directory / name).write_bytes(content)
-    return peft.PeftModel.from_pretrained(reference(folder), directory).eval()
+    return peft.PeftModel.from_pretrained(reference(folder), directory, **how).eval()
 
 
 @pytest.mark.parametrize(("family", "experts"), LAYOUTS)
@@ -88,6 +98,43 @@ def test_peft_computes_what_was_trained_here(
         theirs = loaded_by_peft(folder, files, tmp_path / "peft")(TOKENS).logits
     assert relative(theirs, expected) < 1e-5
     assert relative(unchanged, expected) > 0.1, "the adapter must change something"
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_gradients_are_those_of_peft(family: str, folder_of: FolderOf, tmp_path: Path) -> None:
+    """Experts as parameters, where gate and up have a block each of one B: other places of it are
+    values that we don't have."""
+    folder = folder_of(family)
+    bench = Workbench(folder, tmp_path / "store")
+    run_id = bench.trained("r", SPEC, 0, 0.1)
+    files = to_peft(
+        encode_revision(bench.engine.runs[run_id].weights, bench.base), bench.base, "fused"
+    )
+    bench.do(train_work(run_id, "cross_entropy", (23,), seed=1))
+    model = loaded_by_peft(folder, files, tmp_path / "peft", is_trainable=True)
+    example = datum(23, 100, "cross_entropy")
+    logits = model(torch.from_numpy(example.tokens_N)[None]).logits[0]
+    targets = torch.from_numpy(example.inputs["target_tokens"])[:, None]
+    weights = torch.from_numpy(example.inputs["weights"])
+    (-(logits.log_softmax(-1).gather(1, targets)[:, 0] * weights).sum()).backward()
+    theirs = {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    run = bench.engine.runs[run_id]
+    ours, is_ours = (
+        tensors_of(AdapterWeights(run.layout, values_P), bench.base)
+        for values_P in (run.grads_P, torch.ones_like(run.grads_P))
+    )
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        assert relative(grad, theirs[name] * is_ours[name]) < 1e-4, name
+
+
+def tensors_of(weights: AdapterWeights, base: BaseInfo) -> dict[str, Tensor]:
+    files = to_peft(encode_revision(weights, base), base, "fused")
+    return safetensors.torch.load(files["adapter_model.safetensors"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
