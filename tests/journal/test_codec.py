@@ -23,7 +23,9 @@ class Stranger:
 
 
 CODEC = Codec([Point])
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+plain = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+)
 values = st.recursive(
     plain,
     lambda inner: (
