@@ -26,7 +26,7 @@ class RandomWeights:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._shape(name)
+        shape = self.shape(name)
         if len(shape) == 1:
             return torch.ones(shape, dtype=self._dtype, device=self._device)
         made = torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -35,7 +35,13 @@ class RandomWeights:
     def get(self, name: str) -> Tensor | None:
         return None if name.endswith(".bias") else self[name]
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def exact(self, name: str) -> Tensor:
+        return self[name].float()
+
+    def part(self, name: str, cut: tuple[slice, ...]) -> Tensor:
+        return self[name][cut]
+
+    def shape(self, name: str) -> tuple[int, ...]:
         config: Any = self._config
         hidden, inner = config.hidden_size, config.intermediate_size
         queries = config.num_attention_heads * config.head_dim
