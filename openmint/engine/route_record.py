@@ -66,20 +66,27 @@ class RouteCache:
         self._shape = shape
         dtype = np.uint8 if shape.num_experts <= 256 else np.uint16
         self._experts_SLK = np.zeros((num_places, shape.num_layers, shape.num_chosen), dtype)
-        # Positions are kept one higher, so that untouched memory says NONE.
         self._keys_SIC = np.zeros((num_places, shape.num_indexers, shape.num_keys), np.int32)
+        self._has_keys_S = np.zeros(num_places, bool)
+        """Whose tokens saw fewer keys than there were; the others' rows are never touched."""
 
     def write(self, place_T: IntArray, recorder: Recorder) -> None:
         """Lanes may write at once, each its own places."""
         if (experts_TLK := recorder.taken_experts) is not None:
             self._experts_SLK[place_T] = experts_TLK
         if self._shape.num_indexers:
-            keys_TIC = recorder.taken_keys
-            self._keys_SIC[place_T] = 0 if keys_TIC is None else keys_TIC + 1
+            self._has_keys_S[place_T] = False
+            if (keys_TIC := recorder.taken_keys) is not None:
+                is_full_T = keys_TIC[:, 0, -1] != NONE
+                self._has_keys_S[place_T] = is_full_T
+                self._keys_SIC[place_T[is_full_T]] = keys_TIC[is_full_T]
 
     def read(self, place_N: IntArray) -> RouteRecord:
         """What the tokens at these places of a sequence chose, in order."""
-        return RouteRecord(self._experts_SLK[place_N], self._keys_SIC[place_N].astype(np.int64) - 1)
+        keys_NIC = np.full((len(place_N), *self._keys_SIC.shape[1:]), NONE)
+        has_keys_N = self._has_keys_S[place_N]
+        keys_NIC[has_keys_N] = self._keys_SIC[place_N[has_keys_N]]
+        return RouteRecord(self._experts_SLK[place_N], keys_NIC)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

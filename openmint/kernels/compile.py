@@ -17,6 +17,7 @@ from openmint.kernels import (
     dense,
     dense_step,
     dense_train,
+    experts,
     linear,
     logprobs,
     norm,
@@ -110,6 +111,15 @@ def _compile_steps(memory: torch.Tensor, panels_P3: Any) -> None:
     none_MS = np.zeros((0, 0), np.int64)
     sink = dense_train.Sink(none_MS, none_MS, no_T, none_MS, np.zeros((4, 3), np.int64))
     dense_train.backward(linears, stack, adapters, sink, whole, tape, back, rows_TD, rows_TD)
+
+    both = experts.Experts(each, each)
+    rows = experts.Rows(np.zeros(1, np.int64), no_T)
+    kept = experts.Tape(rows_TD, room(0, 32), room(2, 0, 0))
+    experts.forward(both, adapters, rows, kept, rows_TD, rows_TD)
+    between = experts.Room(rows_TD, rows_TD, room(0, 32), room(0, 0))
+    to = experts.Sink(none_MS, none_MS, no_T)
+    ends = np.array([16, 32]), np.array([16])
+    experts.backward(both, adapters, rows, to, ends, kept, between, rows_TD, rows_TD)
 
 
 if __name__ == "__main__":

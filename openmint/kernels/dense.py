@@ -4,6 +4,7 @@ layer, and the adapters of a batch. L layers, N linear layers (four of each laye
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,14 @@ class Linear(NamedTuple):
     bias_LO: Any
     scale_LO: Any
     num_in: int
+
+
+def of_all(weights: Sequence[Weights]) -> Linear:
+    """One linear layer of all layers, which are alike."""
+    addresses_L = np.array([each.address for each in weights])
+    biases_LO = np.stack([each.bias_O for each in weights])
+    scales_LO = np.stack([each.scale_O for each in weights])
+    return Linear(addresses_L, weights[0].panels_P3, biases_LO, scales_LO, weights[0].num_in)
 
 
 class Linears(NamedTuple):
@@ -66,15 +75,15 @@ class Adapters(NamedTuple):
 @piece
 def weights_of(linears: Any, layer: Any) -> Any:
     return (
-        _weight(linears.qkv, layer),
-        _weight(linears.out, layer),
-        _weight(linears.gate_up, layer),
-        _weight(linears.down, layer),
+        weight_of(linears.qkv, layer),
+        weight_of(linears.out, layer),
+        weight_of(linears.gate_up, layer),
+        weight_of(linears.down, layer),
     )
 
 
 @piece
-def _weight(linear: Any, layer: Any) -> Any:
+def weight_of(linear: Any, layer: Any) -> Any:
     bias_O, scale_O = linear.bias_LO[layer], linear.scale_LO[layer]
     return Weights(linear.address_L[layer], linear.panels_P3, bias_O, scale_O, linear.num_in)
 

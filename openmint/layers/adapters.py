@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmint.kernels import dense
 from openmint.kernels import linear as tiled
 from openmint.kernels.adapter_tiles import Direction, Plan, Target, lay_out, padded, plan
 from openmint.kernels.choice import use_triton
@@ -74,6 +75,7 @@ class AdapterLayout:
                 starts = self.num_params + layer * size_a, bs_start + layer * size_b
                 self.starts[target.path] = starts
             self.num_params = bs_start + len(stack.targets) * size_b
+        self._places: dict[tuple[str, ...], IntArray] = {}
         self._widths = {target.path: (target.num_in, target.num_out) for target in targets}
         self._plans: dict[tuple[tuple[Fused, ...], Direction], Plan] = {}
 
@@ -114,6 +116,12 @@ class AdapterLayout:
             stop = middle + shape[0] * shape[1] * stack.num_out
             found[stack.name] = a, flat_P[middle:stop].view(*shape, stack.num_out)
         return found
+
+    def places(self, paths: tuple[str, ...]) -> IntArray:
+        """Where A and B of these targets begin, `[2, M]`; found once."""
+        if paths not in self._places:
+            self._places[paths] = np.array([self.starts[path] for path in paths]).T
+        return self._places[paths]
 
     def _view(self, flat_P: Tensor, start: int, width: int) -> Tensor:
         return flat_P[start : start + self.spec.rank * width].view(self.spec.rank, width)
@@ -222,7 +230,7 @@ class AdapterStack:
         self.adapters = tuple(adapters)
         self._stacked: dict[tuple[str, ...], StackedTargets] = {}
         self._addresses: dict[tuple[tuple[str, ...], Direction], tuple[IntArray, IntArray]] = {}
-        self._all_addresses: dict[Direction, tuple[IntArray, IntArray]] = {}
+        self._all_addresses: dict[tuple[Fused, Direction], tuple[IntArray, IntArray]] = {}
         self._laid_out: set[Direction] = set()
         self.rank_S = np.array([self.padded_rank(s) for s in range(len(adapters))], np.int64)
         self.scale_S = np.array([a.spec.scaling for a in adapters], np.float32)
@@ -251,13 +259,15 @@ class AdapterStack:
     def all_addresses(
         self, layers: Sequence[HasPaths], direction: Direction
     ) -> tuple[IntArray, IntArray]:
-        """`addresses` of many layers, `[N, S]` each; made once for each direction."""
-        if direction not in self._all_addresses:
+        """`addresses` of many layers, `[N, S]` each; made once for those that begin with the first
+        one, and each direction."""
+        key = (layers[0].paths, direction)
+        if key not in self._all_addresses:
             self.lay_out([layer.paths for layer in layers], direction)
             both = [self.addresses(layer.paths, direction) for layer in layers]
             joined = np.stack([s for s, _ in both]), np.stack([e for _, e in both])
-            self._all_addresses[direction] = joined
-        return self._all_addresses[direction]
+            self._all_addresses[key] = joined
+        return self._all_addresses[key]
 
     def lay_out(self, layers: Sequence[Fused], direction: Direction) -> None:
         """Make the tiles of many linear layers in one go, once."""
@@ -325,6 +335,10 @@ class GradientSink:
     def arrays(self, slot: int, path: str) -> tuple[AnyArray, AnyArray]:
         """`(A_RI, B_RO)` of one target of a slot's gradient, on CPUs."""
         return self._stack.adapters[slot].layout.arrays(self._flats[slot], path)
+
+    def start(self, slot: int) -> int:
+        """Where a slot's vector begins in memory."""
+        return self._grads_SP[slot].data_ptr()
 
     @cached_property
     def _flats(self) -> list[AnyArray]:
@@ -418,3 +432,25 @@ class AdapterBatch:
         slot_R, scale_R = (rows_R.repeat(num_targets).to(device) for rows_R in (slot_R, scale_R))
         own_TR = self.slot_T[:, None] == slot_R[None, :]
         return own_TR, scale_R.to(self.stack.adapters[0].flat_P.dtype)
+
+
+def adapters_of(
+    batch: AdapterBatch | None,
+    linears: Sequence[HasPaths],
+    direction: Direction,
+    slot_rows: IntArray | None = None,
+) -> dense.Adapters:
+    """The adapters of a batch for many linear layers; of rows in another order, their slots."""
+    if batch is None:
+        return dense.Adapters(0, 0, 0, 0, 0, 0)
+    stack = batch.stack
+    shrink_NS, expand_NS = stack.all_addresses(linears, direction)
+    slot_T = batch.slot_rows if slot_rows is None else slot_rows
+    return dense.Adapters(
+        slot_T=slot_T.ctypes.data,
+        shrink_NS=shrink_NS.ctypes.data,
+        expand_NS=expand_NS.ctypes.data,
+        rank_S=stack.rank_S.ctypes.data,
+        scale_S=stack.scale_S.ctypes.data,
+        num_slots=len(stack.adapters),
+    )

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openmint.layers.adapters import AdapterBatch
 from openmint.layers.batch import Batch
-from openmint.layers.linear import LoraLinear
+from openmint.layers.linear import LoraLinear, TiledLinear
 from openmint.layers.router import Router
 from openmint.layers.swiglu import silu_gate
+from openmint.layers.tiled_experts import TiledExperts
 
 Activation = Callable[[Tensor], Tensor]
 """Of rows that hold the gate and then the up values."""
@@ -28,7 +30,7 @@ class GatedFeedForward:
         self, gate_up: LoraLinear, down: LoraLinear, activation: Activation = silu_gate
     ) -> None:
         self.gate_up, self.down = gate_up, down
-        self._activation = activation
+        self.activation = activation
 
     @property
     def linears(self) -> list[LoraLinear]:
@@ -38,7 +40,17 @@ class GatedFeedForward:
         return self.adapted(x_TD, batch.adapters)
 
     def adapted(self, x_TD: Tensor, adapters: AdapterBatch | None) -> Tensor:
-        return self.down(self._activation(self.gate_up(x_TD, adapters)), adapters)
+        return self.down(self.activation(self.gate_up(x_TD, adapters)), adapters)
+
+
+def tiled_experts(experts: Sequence[GatedFeedForward]) -> TiledExperts | None:
+    """Them as one kernel computes them, where it can."""
+    gate_ups = [each.gate_up for each in experts if isinstance(each.gate_up, TiledLinear)]
+    downs = [each.down for each in experts if isinstance(each.down, TiledLinear)]
+    are_tiled = len(gate_ups) == len(downs) == len(experts)
+    if not are_tiled or any(each.activation is not silu_gate for each in experts):
+        return None
+    return TiledExperts(gate_ups, downs)
 
 
 class MixtureOfExperts:
@@ -56,6 +68,7 @@ class MixtureOfExperts:
         the layers that have experts."""
         self.router, self.experts, self.own, self.shared = router, experts, own, shared
         self._place = place
+        self._tiled = tiled_experts(experts)
 
     @property
     def linears(self) -> list[LoraLinear]:
@@ -80,16 +93,29 @@ class MixtureOfExperts:
         it in the batch. Experts of other ranks give zeros.
         """
         order_N = expert_TK.flatten().argsort(stable=True)
-        token_N = order_N // expert_TK.shape[1]
         counts = torch.bincount(expert_TK.flatten(), minlength=self.own.stop).tolist()
-        shares = [*zip(x_TD[token_N].split(counts), token_N.split(counts), strict=True)]
         before, upto = sum(counts[: self.own.start]), sum(counts[: self.own.stop])
-        parts = [x_TD.new_zeros(before, x_TD.shape[1])]
-        for expert, (x_RD, token_R) in zip(self.experts, shares[self.own], strict=True):
+        token_N = order_N[before:upto] // expert_TK.shape[1]
+        y_ND = self._of_own(x_TD[token_N], counts[self.own], token_N, adapters)
+        y_ND = F.pad(y_ND, (0, 0, before, len(order_N) - upto))
+        y_TKD = y_ND[order_N.argsort()].unflatten(0, expert_TK.shape)
+        y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1)
+        return y_TD.to(x_TD.dtype)
+
+    def _of_own(
+        self,
+        x_ND: Tensor,
+        counts: Sequence[int],
+        token_N: Tensor,
+        adapters: AdapterBatch | None,
+    ) -> Tensor:
+        """Rows that stand expert by expert, so many of each, through this rank's experts."""
+        if self._tiled is not None:
+            return self._tiled.forward(x_ND, counts, token_N, adapters)
+        parts = [x_ND[:0]]
+        shares = zip(self.experts, x_ND.split(counts), token_N.split(counts), strict=True)
+        for expert, x_RD, token_R in shares:
             if len(token_R):
                 own = adapters.at(token_R) if adapters else None
                 parts.append(expert.adapted(x_RD, own))
-        parts.append(x_TD.new_zeros(len(order_N) - upto, x_TD.shape[1]))
-        y_TKD = torch.cat(parts)[order_N.argsort()].unflatten(0, expert_TK.shape)
-        y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1)
-        return y_TD.to(x_TD.dtype)
+        return torch.cat(parts)

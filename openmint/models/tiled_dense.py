@@ -14,10 +14,9 @@ from torch import Tensor
 
 from openmint.kernels import dense, dense_step
 from openmint.kernels import linear as tiled
-from openmint.kernels.adapter_tiles import Direction
 from openmint.kernels.jit import F32, as_array
 from openmint.kernels.team import team
-from openmint.layers.adapters import AdapterBatch
+from openmint.layers.adapters import AdapterBatch, adapters_of
 from openmint.layers.attention import TiledPages
 from openmint.layers.linear import LoraLinear, TiledLinear
 from openmint.types import AnyArray
@@ -116,36 +115,11 @@ def linears_of(
     """One kind of weights of all linear layers."""
     weights = [which(linear) for linear in linears if isinstance(linear, TiledLinear)]
     return dense.Linears(
-        qkv=_of_all(weights[dense.QKV :: 4]),
-        out=_of_all(weights[dense.OUT :: 4]),
-        gate_up=_of_all(weights[dense.GATE_UP :: 4]),
-        down=_of_all(weights[dense.DOWN :: 4]),
+        qkv=dense.of_all(weights[dense.QKV :: 4]),
+        out=dense.of_all(weights[dense.OUT :: 4]),
+        gate_up=dense.of_all(weights[dense.GATE_UP :: 4]),
+        down=dense.of_all(weights[dense.DOWN :: 4]),
     )
-
-
-def adapters_of(
-    batch: AdapterBatch | None, linears: Sequence[LoraLinear], direction: Direction
-) -> dense.Adapters:
-    """The adapters of a batch for all linear layers."""
-    if batch is None:
-        return dense.Adapters(0, 0, 0, 0, 0, 0)
-    stack = batch.stack
-    shrink_NS, expand_NS = stack.all_addresses(linears, direction)
-    return dense.Adapters(
-        slot_T=batch.slot_rows.ctypes.data,
-        shrink_NS=shrink_NS.ctypes.data,
-        expand_NS=expand_NS.ctypes.data,
-        rank_S=stack.rank_S.ctypes.data,
-        scale_S=stack.scale_S.ctypes.data,
-        num_slots=len(stack.adapters),
-    )
-
-
-def _of_all(weights: Sequence[tiled.Weights]) -> dense.Linear:
-    addresses_L = np.array([each.address for each in weights])
-    biases_LO = np.stack([each.bias_O for each in weights])
-    scales_LO = np.stack([each.scale_O for each in weights])
-    return dense.Linear(addresses_L, weights[0].panels_P3, biases_LO, scales_LO, weights[0].num_in)
 
 
 def _stacked(rows_D: Sequence[Tensor | None]) -> AnyArray:

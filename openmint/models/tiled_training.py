@@ -17,11 +17,11 @@ from torch import Tensor
 
 from openmint.kernels import dense_train
 from openmint.kernels.jit import as_array
-from openmint.layers.adapters import AdapterBatch, GradientSink
+from openmint.layers.adapters import AdapterBatch, GradientSink, adapters_of
 from openmint.layers.attention import PackedAttention
 from openmint.layers.batch import Batch
 from openmint.layers.linear import LoraLinear
-from openmint.models.tiled_dense import WIDEST_FUSION, adapters_of, linears_of, stack_of
+from openmint.models.tiled_dense import WIDEST_FUSION, linears_of, stack_of
 from openmint.types import AnyArray, IntArray
 
 if TYPE_CHECKING:

@@ -150,13 +150,14 @@ class PlannedBase:
 
     @property
     def record_bytes(self) -> int:
-        """Of host memory that a token's choices take while it is in the KV cache."""
+        """Of host memory that a token's choices may take while it is in the KV cache: all but a few
+        of them only where an indexer had more keys than it leaves."""
         routes = self.routes
         if routes is None:
             return 0
         expert_bytes = 1 if routes.num_experts <= 256 else 2
         experts = routes.num_layers * routes.num_chosen * expert_bytes
-        return experts + routes.num_indexers * routes.num_keys * 4
+        return experts + routes.num_indexers * routes.num_keys * 4 + 1
 
     def adapter_values(self, spec: LoraSpec, placement: Placement) -> tuple[int, int]:
         """Of an adapter, what a rank holds, and how much of that has its gradients summed over
