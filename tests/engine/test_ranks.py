@@ -101,7 +101,8 @@ def test_what_sampling_chose_is_repeated_on_all_ranks(tmp_path: Path) -> None:
         for ours in rank.values():
             assert ours[0] == record
             assert ours[1] == pytest.approx(metrics, rel=1e-5)
-            assert float((ours[2] - gradient).norm() / gradient.norm()) < 1e-5
+            # Ratios to the sampler are powers of differences of log-probabilities.
+            assert float((ours[2] - gradient).norm() / gradient.norm()) < 1e-4
 
 
 def test_an_export_finds_copies_that_differ_and_names_them(tmp_path: Path) -> None:
