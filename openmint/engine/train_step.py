@@ -121,7 +121,8 @@ class TrainLane:
         positions_T = np.concatenate([np.arange(length) for length in lengths])
         adapters = self._adapters(works, items, lengths)
         data, replay = [work.data[i] for work, i in items], None
-        if (shape := self._model.route_shape) is not None:
+        shape = self._model.route_shape
+        if shape is not None and any(datum.routes is not None for datum in data):
             replay = Replay(data, shape, self._device)
         batch = Batch(PackedAttention(lengths, self._device), adapters, replay)
         with torch.set_grad_enabled(needs_grad):
@@ -136,9 +137,9 @@ class TrainLane:
             start = stop
         if needs_grad:
             hidden_TD.backward(grad_TD)
-        if replay is not None:
-            for index, (work, i) in enumerate(items):
-                work.routes[i] = replay.counts(index)
+        for index, (work, i) in enumerate(items if shape is not None else ()):
+            unrecorded = RouteCounts(unrecorded=lengths[index])
+            work.routes[i] = replay.counts(index) if replay is not None else unrecorded
 
     def _adapters(
         self, works: Sequence[OpenTrain], items: Sequence[Item], lengths: Sequence[int]

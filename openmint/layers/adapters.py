@@ -118,9 +118,10 @@ class AdapterLayout:
         return found
 
     def places(self, paths: tuple[str, ...]) -> IntArray:
-        """Where A and B of these targets begin, `[2, M]`; found once."""
+        """Where A and B of these targets begin, `[2, M]`, -1 where it lacks one; found once."""
         if paths not in self._places:
-            self._places[paths] = np.array([self.starts[path] for path in paths]).T
+            starts_M2 = [self.starts.get(path, (-1, -1)) for path in paths]
+            self._places[paths] = np.array(starts_M2).T
         return self._places[paths]
 
     def _view(self, flat_P: Tensor, start: int, width: int) -> Tensor:
@@ -336,9 +337,14 @@ class GradientSink:
         """`(A_RI, B_RO)` of one target of a slot's gradient, on CPUs."""
         return self._stack.adapters[slot].layout.arrays(self._flats[slot], path)
 
-    def start(self, slot: int) -> int:
-        """Where a slot's vector begins in memory."""
-        return self._grads_SP[slot].data_ptr()
+    def places(self, paths: tuple[str, ...]) -> IntArray:
+        """Addresses of A's and B's gradients of these targets, `[2, M, S]`; 0 where a slot has
+        none. On CPUs."""
+        found_S2M = []
+        for adapter, grad_P in zip(self._stack.adapters, self._grads_SP, strict=True):
+            starts_2M = adapter.layout.places(paths)
+            found_S2M.append(np.where(starts_2M < 0, 0, grad_P.data_ptr() + 4 * starts_2M))
+        return np.ascontiguousarray(np.stack(found_S2M, axis=2))
 
     @cached_property
     def _flats(self) -> list[AnyArray]:

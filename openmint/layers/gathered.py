@@ -9,7 +9,7 @@ Shapes: I in, O out, R rows of one rank, F values of one rank, N ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,12 +55,12 @@ class BlockWeights:
     def begin(self, x_TD: Tensor) -> Tensor:
         """What the block computes from: `x_TD`, after which all weights are there."""
         self.gather()
-        return _apply(_Begin, x_TD, self)
+        return _on_way_back(x_TD, self.drop)
 
     def end(self, y_TD: Tensor) -> Tensor:
         """What the block has computed."""
         self.drop()
-        return _apply(_End, y_TD, self)
+        return _on_way_back(y_TD, self.gather)
 
     def gather(self) -> None:
         """Have every layer's weight be whole."""
@@ -73,32 +73,21 @@ class BlockWeights:
             linear.weight_OI = linear.own_RI[:0]
 
 
-def _apply(step: type[torch.autograd.Function], x_TD: Tensor, weights: BlockWeights) -> Tensor:
+def _on_way_back(x_TD: Tensor, act: Callable[[], None]) -> Tensor:
+    """`x_TD`; where it has a way back, `act` is called on it."""
     if not x_TD.requires_grad:
         return x_TD
-    out: Tensor = step.apply(x_TD, weights)
+    out: Tensor = _Acting.apply(x_TD, act)
     return out
 
 
-class _Begin(torch.autograd.Function):
+class _Acting(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights: BlockWeights) -> Tensor:
-        ctx.weights = weights
+    def forward(ctx: Any, x_TD: Tensor, act: Callable[[], None]) -> Tensor:
+        ctx.act = act
         return x_TD.view_as(x_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.weights.drop()
-        return grads[0], None
-
-
-class _End(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_TD: Tensor, weights: BlockWeights) -> Tensor:
-        ctx.weights = weights
-        return y_TD.view_as(y_TD)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.weights.gather()
+        ctx.act()
         return grads[0], None

@@ -90,15 +90,12 @@ class TiledExperts:
         return grad_x_ND
 
     def _sink(self, adapters: AdapterBatch | None) -> experts.Sink:
-        num_slots = len(adapters.stack.adapters) if adapters else 0
-        a_MS, b_MS = np.zeros((2, len(self._paths), num_slots), np.int64)
-        rank_S = np.zeros(num_slots, np.int64)
-        if adapters is not None and adapters.sink is not None:
-            for slot, adapter in enumerate(adapters.stack.adapters):
-                rank_S[slot] = adapter.spec.rank
-                if adapter.has(self._paths[0]):
-                    starts_2M = adapter.layout.places(self._paths)
-                    a_MS[:, slot], b_MS[:, slot] = adapters.sink.start(slot) + 4 * starts_2M
+        ranks = [adapter.spec.rank for adapter in adapters.stack.adapters] if adapters else []
+        rank_S = np.array(ranks, np.int64)
+        if adapters is None or adapters.sink is None:
+            nothing_MS = np.zeros((len(self._paths), len(ranks)), np.int64)
+            return experts.Sink(nothing_MS, nothing_MS, rank_S)
+        a_MS, b_MS = adapters.sink.places(self._paths)
         return experts.Sink(a_MS, b_MS, rank_S)
 
 

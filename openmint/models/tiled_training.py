@@ -6,7 +6,6 @@ size, L layers, H query heads, R adapter rows, M targets, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,11 @@ from torch import Tensor
 
 from openmint.kernels import dense_train
 from openmint.kernels.jit import as_array
-from openmint.layers.adapters import AdapterBatch, GradientSink, adapters_of
+from openmint.layers.adapters import AdapterBatch, adapters_of
 from openmint.layers.attention import PackedAttention
 from openmint.layers.batch import Batch
-from openmint.layers.linear import LoraLinear
 from openmint.models.tiled_dense import WIDEST_FUSION, linears_of, stack_of
-from openmint.types import AnyArray, IntArray
+from openmint.types import AnyArray
 
 if TYPE_CHECKING:
     from openmint.models.dense import DenseModel
@@ -37,6 +35,7 @@ class TiledTraining:
 
     def __init__(self, model: DenseModel) -> None:
         self._linears = model.linears
+        self._paths = tuple(path for linear in model.linears for path in linear.paths)
         self._rotary = model.rotary
         self._stack = stack_of(model)
         self._forth = linears_of(self._linears, lambda linear: linear.forth)
@@ -95,7 +94,7 @@ class TiledTraining:
             nothing = np.zeros((0, 0), np.int64)
             runs_N3 = np.zeros((0, 3), np.int64)
             return dense_train.Sink(nothing, nothing, nothing[0:0, 0], runs_N3, self._ends_4P)
-        a_MS, b_MS = _addresses(self._linears, batch.sink, len(batch.stack.adapters))
+        a_MS, b_MS = batch.sink.places(self._paths)
         return dense_train.Sink(
             a_MS=a_MS,
             b_MS=b_MS,
@@ -208,17 +207,3 @@ class _Trained(torch.autograd.Function):
 def _whole_lines(shape: tuple[int, ...], itemsize: int) -> int:
     """Bytes, up to a whole cache line."""
     return -(-prod(shape) * itemsize // 64) * 64
-
-
-def _addresses(
-    linears: Sequence[LoraLinear], sink: GradientSink, num_slots: int
-) -> tuple[IntArray, IntArray]:
-    """Where A's and B's gradients of each target and slot lie, `[M, S]`; 0 where there are none."""
-    paths = [path for linear in linears for path in linear.paths]
-    a_MS, b_MS = np.zeros((2, len(paths), num_slots), np.int64)
-    for slot in range(num_slots):
-        views = sink.views(slot)
-        for m, path in enumerate(paths):
-            if path in views:
-                a_MS[m, slot], b_MS[m, slot] = (grad.data_ptr() for grad in views[path])
-    return a_MS, b_MS
