@@ -34,6 +34,7 @@ QUESTIONS = (
     "control",
     "load",
     "concurrent",
+    "concurrent_experts",
     "catalog",
     "plan",
 )

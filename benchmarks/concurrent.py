@@ -34,11 +34,10 @@ from benchmarks.grpo import (
 from benchmarks.house import Line, Patience, Report, Spread, number, table, verdict, wait_for_calm
 from benchmarks.machine import busy_seconds, num_cores
 from benchmarks.processes import BASES, Stage
-from openmint.models.embedded import embedded_base
+from openmint.models.embedded import EMBEDDED_BASE, embedded_base
 from tests.servers import TestServer, running_server
 
 COUNTS = (1, 2, 3, 5, 8)
-MOST = max(COUNTS)
 MOST_REPEATS = 2
 """Of the largest count; the others run once."""
 LEAST_SPEED_UP, MOST_MEMORY = 1.5, 1.05
@@ -79,13 +78,38 @@ MEASURED = (
     "the N jobs. All policies stay resident in both arms. Memory: all processes, graders and "
     "client included, sampled four times a second."
 )
-LIMITS = (
-    "Client, graders and service share the cores: waits of one policy are used by another, but "
-    "nothing computes beside the engine for free.",
-    f"Counts below {MOST} ran once; the figures of {MOST} are medians of the repeats.",
-    "Seconds in which all processes of a turn were stopped from outside are not counted.",
-    "Peak memory with N policies at once is against one after another up to the N-th's end.",
-)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A base, and the jobs that run on it in every setting."""
+
+    question: str
+    title: str
+    measured: str
+    base: str
+    """The embedded one's name, or a folder."""
+    job: Workload
+    settings: Sequence[Setting]
+    counts: Sequence[int]
+
+    @property
+    def served_as(self) -> str:
+        return self.base if self.base == EMBEDDED_BASE else Path(self.base).name
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        most = max(self.counts)
+        return (
+            "Client, graders and service share the cores: waits of one policy are used by another, "
+            "but nothing computes beside the engine for free.",
+            f"Counts below {most} ran once; the figures of {most} are medians of the repeats.",
+            "Seconds in which all processes of a turn were stopped from outside are not counted.",
+            "Peak memory with N at once is against one after another up to the end of the N-th.",
+        )
+
+
+STUDY = Study("concurrent", TITLE, MEASURED, EMBEDDED_BASE, JOB, SETTINGS, COUNTS)
 
 
 @dataclass(frozen=True)
@@ -169,15 +193,14 @@ class Comparison:
 # -- running --------------------------------------------------------------------------------------
 
 
-def run_turn(
-    setting: Setting, workload: Workload, count: int, at_once: bool, patience: Patience
-) -> Turn:
+def run_turn(study: Study, setting: Setting, count: int, at_once: bool, patience: Patience) -> Turn:
     """The jobs of `count` policies on a fresh service."""
     with (
         tempfile.TemporaryDirectory() as root,
-        running_server(Path(root), bases_from=BASES) as server,
+        running_server(Path(root), bases=(study.base,), bases_from=BASES) as running,
     ):
-        return turn_on(server, setting, workload, count, at_once, patience)
+        server = replace(running, base=study.served_as)
+        return turn_on(server, setting, study.job, count, at_once, patience)
 
 
 def turn_on(
@@ -233,15 +256,13 @@ def engine_seconds(server: TestServer) -> tuple[float, float]:
     return total("openmint_train_seconds_total"), total("openmint_serve_seconds_total")
 
 
-def compare(
-    setting: Setting, workload: Workload, counts: Sequence[int], repeats: int, patience: Patience
-) -> list[Comparison]:
+def compare(study: Study, setting: Setting, repeats: int, patience: Patience) -> list[Comparison]:
     """Each count against the same jobs one after another; the largest count `repeats` times."""
-    found = []
+    found, most = [], max(study.counts)
     for repeat in range(repeats):
-        alone = run_turn(setting, workload, max(counts), False, patience)
-        for count in counts if repeat == 0 else [max(counts)]:
-            at_once = run_turn(setting, workload, count, True, patience)
+        alone = run_turn(study, setting, most, False, patience)
+        for count in study.counts if repeat == 0 else [most]:
+            at_once = run_turn(study, setting, count, True, patience)
             found.append(Comparison(count, alone, at_once))
             print(f"  {setting.name}, {count} policies: {found[-1].speed_up:.2f}x", flush=True)
     return found
@@ -416,23 +437,27 @@ def turn_data(turn: Turn, count: int) -> dict[str, Any]:
     }
 
 
-def report_of(found: Sequence[tuple[Setting, Sequence[Comparison]]]) -> Report:
+def report_of(study: Study, found: Sequence[tuple[Setting, Sequence[Comparison]]]) -> Report:
     return Report(
-        question="concurrent",
-        title=TITLE,
-        measured=MEASURED,
+        question=study.question,
+        title=study.title,
+        measured=study.measured,
         tables=[text_of(*each) for each in found],
         lines=[line for each in found for line in lines_of(*each)],
-        limits=LIMITS,
+        limits=study.limits,
         data=[data_of(*each) for each in found],
         versions={"service": versions(PACKAGES)},
     )
 
 
-def ask(stage: Stage, repeats: int) -> Report:
+def answer(study: Study, stage: Stage, repeats: int) -> Report:
     """`stage` only says how patient to be: the services bring their own processes."""
     repeats = min(repeats, MOST_REPEATS)
     found = [
-        (setting, compare(setting, JOB, COUNTS, repeats, stage.patience)) for setting in SETTINGS
+        (setting, compare(study, setting, repeats, stage.patience)) for setting in study.settings
     ]
-    return report_of(found)
+    return report_of(study, found)
+
+
+def ask(stage: Stage, repeats: int) -> Report:
+    return answer(STUDY, stage, repeats)

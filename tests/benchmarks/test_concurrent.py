@@ -99,7 +99,9 @@ def test_the_first_jobs_of_the_longest_queue_are_a_shorter_queue() -> None:
 
 def test_the_target_stands_on_the_measured_setting() -> None:
     found = [Comparison(2, turn(10.0, 20.0), turn(9.0, 10.0, peak=2**29))] * 2
-    report = concurrent.report_of([(setting, found) for setting in concurrent.SETTINGS])
+    report = concurrent.report_of(
+        concurrent.STUDY, [(setting, found) for setting in concurrent.SETTINGS]
+    )
     verdicts = [line.verdict for line in report.lines]
     informed = ["for information", "for information", "met"]
     assert verdicts == [*informed, "met", "met", "met", *informed]
