@@ -20,6 +20,12 @@ DIVIDED: dict[str, tuple[str, ...]] = {
     "gpt-oss": ("tensor", "experts", "data"),
     "deepseek-v3": ("tensor", "experts", "both", "data"),
     "deepseek-v3.2": ("both",),
+    "glm-5": ("both", "data"),
+    "glm4-moe-lite": ("both",),
+    "glm4-moe": ("both",),
+    "mixtral": ("both",),
+    "minimax-m2": ("experts",),
+    "olmoe": ("experts", "data"),
 }
 Sessions = tuple[Outcome, list[dict[str, Outcome]]]
 
