@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +127,16 @@ def sessions(
     return {
         form: session(folder, stores / f"{form}-{ranks.rank}", division(ranks, form), dtype)
         for form in forms
+    }
+
+
+def all_sessions(
+    ranks: Ranks, divided: Mapping[Path, tuple[str, ...]], stores: Path
+) -> dict[Path, dict[str, Outcome]]:
+    """Of every base in each of its forms."""
+    return {
+        folder: sessions(ranks, folder, forms, stores / folder.name)
+        for folder, forms in divided.items()
     }
 
 

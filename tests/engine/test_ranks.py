@@ -10,7 +10,16 @@ import pytest
 
 from openmint.errors import InvalidRequest
 from openmint.layers.ranks import Division, Ranks
-from tests.engine.rank_jobs import Outcome, overflow, replay, replays, session, sessions, unequal
+from tests.engine.rank_jobs import (
+    Outcome,
+    all_sessions,
+    overflow,
+    replay,
+    replays,
+    session,
+    sessions,
+    unequal,
+)
 from tests.ranks import on_ranks
 from tests.workbench import Workbench, random_model
 
@@ -28,15 +37,23 @@ DIVIDED: dict[str, tuple[str, ...]] = {
     "olmoe": ("experts", "data"),
 }
 Sessions = tuple[Outcome, list[dict[str, Outcome]]]
+Divided = tuple[Path, list[dict[Path, dict[str, Outcome]]]]
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> Divided:
+    """Every family in each of its forms by each of two ranks."""
+    root = tmp_path_factory.mktemp("ranks")
+    forms_of = {random_model(name, root / name): forms for name, forms in DIVIDED.items()}
+    return root, on_ranks(all_sessions, root, forms_of, root / "stores", seconds=600.0)
 
 
 @pytest.fixture(scope="module", params=DIVIDED)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sessions:
-    """By one rank, and in every form by each of two."""
-    root = tmp_path_factory.mktemp("ranks")
-    folder = random_model(request.param, root / "base")
-    ranks = on_ranks(sessions, root, folder, DIVIDED[request.param], root)
-    return session(folder, root / "alone"), ranks
+def both(request: pytest.FixtureRequest, divided: Divided) -> Sessions:
+    """One family by one rank, and in every form by each of two."""
+    root, ranks = divided
+    folder = root / request.param
+    return session(folder, root / f"{request.param}-alone"), [rank[folder] for rank in ranks]
 
 
 def pairs(both: Sessions) -> Iterator[tuple[Outcome, Outcome]]:
