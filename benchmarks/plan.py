@@ -302,7 +302,7 @@ def _plan_rows(found: Mapping[str, Plans]) -> Iterator[list[str]]:
                 size(made.memory.left),
                 f"{made.kv.tokens:,}",
                 size(made.kv.bytes_per_token),
-                size(made.kv.record_bytes_per_token),
+                f"{size(made.kv.record_bytes_per_token)} + {made.kv.index_bits_per_key} bits a key before it",
                 size(made.traffic.sampled_token),
                 f"{runs[0]} / {runs[1]}",
             ]

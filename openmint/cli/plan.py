@@ -86,8 +86,12 @@ def _summary(made: Plan) -> Mapping[str, Any]:
         f"sample, {size(traffic.trained_token)} to train",
     }
     if kv.record_bytes_per_token:
-        record = size(kv.record_bytes_per_token)
-        found["host memory"] = f"{record} for each token in the KV cache, of what it chose"
+        record = (
+            f"{size(kv.record_bytes_per_token)} for each token in the KV cache, of what it chose"
+        )
+        if kv.index_bits_per_key:
+            record += f", and at most {kv.index_bits_per_key} bits for each key before it"
+        found["host memory"] = record
     if traffic.gathered_per_pass:
         found["gathered per pass"] = f"{size(traffic.gathered_per_pass)} of weights on each GPU"
     return found

@@ -211,4 +211,4 @@ class Engine:
         if self._routes is None:
             return b""
         places_N = places_in(pages, np.arange(num_tokens), self._page_tokens)
-        return self._routes.read(places_N).encode()
+        return self._routes.record(places_N)

@@ -15,7 +15,7 @@ from torch import Tensor
 from openmint.engine.route_record import RouteRecord
 from openmint.layers.sparse import NONE
 from openmint.models.model import RouteShape
-from openmint.types import AnyArray, Datum
+from openmint.types import Datum, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +52,49 @@ def total(counts: Iterable[RouteCounts]) -> RouteCounts:
     return RouteCounts(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A datum's record, which is of its first tokens; None: it has none."""
+
+    record: RouteRecord | None
+    count: int
+    num_tokens: int
+
+    @staticmethod
+    def of(datum: Datum, shape: RouteShape) -> _Recorded:
+        routes, num_tokens = datum.routes, len(datum.tokens_N)
+        if routes is None:
+            return _Recorded(None, 0, num_tokens)
+        return _Recorded(RouteRecord.decode(routes.record, shape), routes.num_tokens, num_tokens)
+
+    def experts(self, shape: RouteShape) -> IntArray:
+        """`[N, L, K]`, NONE where nothing is recorded."""
+        experts_NLK = np.full((self.num_tokens, shape.num_layers, shape.num_chosen), NONE)
+        if self.record is not None:
+            experts_NLK[: self.count] = self.record.experts_NLK[: self.count]
+        return experts_NLK
+
+    def keys(self, indexer: int, num_keys: int) -> IntArray:
+        """`[N, C]`, likewise."""
+        keys_NC = np.full((self.num_tokens, num_keys), NONE)
+        if self.record is not None:
+            keys_NC[: self.count] = self.record.keys(indexer)[: self.count]
+        return keys_NC
+
+
 class Replay:
     """The records of one packed batch; stands where `layers.routes.Routes` does."""
 
     def __init__(self, data: Sequence[Datum], shape: RouteShape, device: torch.device) -> None:
-        records = [_of_datum(datum, shape) for datum in data]
-        experts_TLK = np.concatenate([experts for experts, _ in records])
-        self._keys_TIC = torch.from_numpy(np.concatenate([keys for _, keys in records])).to(device)
+        self._recorded = [_Recorded.of(datum, shape) for datum in data]
+        lengths = [each.num_tokens for each in self._recorded]
+        experts_TLK = np.concatenate([each.experts(shape) for each in self._recorded])
         self._experts_TLK = torch.from_numpy(experts_TLK).to(device)
-        known = [_num_recorded(datum) for datum in data]
         self._is_recorded_T = torch.cat(
-            [torch.arange(len(d.tokens_N)) < count for d, count in zip(data, known, strict=True)]
+            [torch.arange(each.num_tokens) < each.count for each in self._recorded]
         ).to(device)
         self._own_differs_T = torch.zeros(len(experts_TLK), dtype=torch.int64, device=device)
         self._out_T = torch.zeros_like(self._own_differs_T)
-        lengths = [len(datum.tokens_N) for datum in data]
         forced = [datum.routes is not None and datum.routes.is_forced for datum in data]
         forced_T = torch.tensor(forced).repeat_interleave(torch.tensor(lengths)).to(device)
         self._repeats_T1 = (self._is_recorded_T & forced_T)[:, None]
@@ -85,7 +113,8 @@ class Replay:
     def keys(self, layer: int, own_TC: Tensor | None) -> Tensor | None:
         if own_TC is None:
             return None
-        recorded_TC = self._keys_TIC[:, layer]
+        keys_TC = np.concatenate([each.keys(layer, self._num_keys) for each in self._recorded])
+        recorded_TC = torch.from_numpy(keys_TC).to(own_TC.device)
         # A record without positions means all of them, which then are no more than may be chosen.
         upto_C = torch.arange(self._num_keys, device=own_TC.device)
         all_TC = upto_C.where(upto_C <= self._position_T[:, None], NONE)
@@ -107,20 +136,3 @@ class Replay:
             out_of_route=int(self._out_T[rows].sum()),
             own_differs=int(self._own_differs_T[rows].sum()),
         )
-
-
-def _num_recorded(datum: Datum) -> int:
-    return 0 if datum.routes is None else datum.routes.num_tokens
-
-
-def _of_datum(datum: Datum, shape: RouteShape) -> tuple[AnyArray, AnyArray]:
-    """Experts `[N, L, K]` and keys `[N, I, C]` of each token, NONE where nothing is recorded."""
-    num_tokens = len(datum.tokens_N)
-    experts_NLK = np.full((num_tokens, shape.num_layers, shape.num_chosen), NONE)
-    keys_NIC = np.full((num_tokens, shape.num_indexers, shape.num_keys), NONE)
-    if datum.routes is None:
-        return experts_NLK, keys_NIC
-    record, count = RouteRecord.decode(datum.routes.record, shape), _num_recorded(datum)
-    experts_NLK[:count] = record.experts_NLK[:count]
-    keys_NIC[:count] = record.keys_NIC[:count]
-    return experts_NLK, keys_NIC

@@ -1,17 +1,19 @@
 """What the tokens of a sequence chose on their way through a model, kept and encoded.
 
 Shapes: T tokens of a batch, N tokens of a sequence, L layers with experts, K experts of a token,
-I indexers, C chosen keys of a query, S places in the page cache.
+I indexers, C chosen keys of a query, S places in the page cache, W bytes of a bit a position.
 
 Sampling keeps choices beside keys and values, in the same pages, so what a shared prefix chose is
 there for all who share it. A record takes L * K bytes per token (two each above 256 experts). What
-indexers chose is a set of earlier positions that changes little from token to token, so the
-difference of neighbours is packed as bits and compressed.
+indexers chose is a set of earlier positions: a bit for each, compressed. From token to token it
+changes little, so a record has the difference of neighbours, a frame for each indexer: whoever
+reads it needs one layer's positions at a time, and as numbers they are 16 KB a token.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,9 @@ from openmint.models.model import RouteShape
 from openmint.types import AnyArray, IntArray
 
 HEAD = struct.Struct("<4sIIIII")
-MAGIC = b"rt01"
+FRAME = struct.Struct("<I")
+"""Before each frame, its size."""
+MAGIC = b"rt02"
 LEVEL = 3
 
 
@@ -44,7 +48,7 @@ class Recorder:
 
     def keys(self, layer: int, own_TC: Tensor | None) -> Tensor | None:
         assert layer == len(self._keys), "layers come in order, each once"
-        self._keys.append(own_TC)
+        self._keys.append(None if own_TC is None else own_TC.int())
         return own_TC
 
     @property
@@ -53,10 +57,9 @@ class Recorder:
         return torch.stack(self._experts, dim=1).cpu().numpy() if self._experts else None
 
     @property
-    def taken_keys(self) -> AnyArray | None:
-        """`[T, I, C]`; None when every token saw all keys up to its own."""
-        chosen = [own_TC for own_TC in self._keys if own_TC is not None]
-        return torch.stack(chosen, dim=1).cpu().numpy() if chosen else None
+    def taken_keys(self) -> list[AnyArray]:
+        """`[T, C]` of each indexer; none when every token saw all keys up to its own."""
+        return [own_TC.cpu().numpy() for own_TC in self._keys if own_TC is not None]
 
 
 class RouteCache:
@@ -66,27 +69,40 @@ class RouteCache:
         self._shape = shape
         dtype = np.uint8 if shape.num_experts <= 256 else np.uint16
         self._experts_SLK = np.zeros((num_places, shape.num_layers, shape.num_chosen), dtype)
-        self._keys_SIC = np.zeros((num_places, shape.num_indexers, shape.num_keys), np.int32)
-        self._has_keys_S = np.zeros(num_places, bool)
-        """Whose tokens saw fewer keys than there were; the others' rows are never touched."""
+        self._seen_S = np.full(num_places, None, object)
+        """Which positions each indexer left, packed; None where a token saw all up to its own."""
 
     def write(self, place_T: IntArray, recorder: Recorder) -> None:
         """Lanes may write at once, each its own places."""
         if (experts_TLK := recorder.taken_experts) is not None:
             self._experts_SLK[place_T] = experts_TLK
-        if self._shape.num_indexers:
-            self._has_keys_S[place_T] = False
-            if (keys_TIC := recorder.taken_keys) is not None:
-                is_full_T = keys_TIC[:, 0, -1] != NONE
-                self._has_keys_S[place_T] = is_full_T
-                self._keys_SIC[place_T[is_full_T]] = keys_TIC[is_full_T]
+        self._seen_S[place_T] = None
+        if keys_ITC := recorder.taken_keys:
+            for row in np.flatnonzero(keys_ITC[0][:, -1] != NONE):
+                chosen_IC = np.stack([keys_TC[row] for keys_TC in keys_ITC])
+                self._seen_S[place_T[row]] = _pack(chosen_IC)
 
-    def read(self, place_N: IntArray) -> RouteRecord:
+    def record(self, place_N: IntArray) -> bytes:
         """What the tokens at these places of a sequence chose, in order."""
-        keys_NIC = np.full((len(place_N), *self._keys_SIC.shape[1:]), NONE)
-        has_keys_N = self._has_keys_S[place_N]
-        keys_NIC[has_keys_N] = self._keys_SIC[place_N[has_keys_N]]
-        return RouteRecord(self._experts_SLK[place_N], keys_NIC)
+        seen_N: list[bytes | None] = self._seen_S[place_N].tolist()
+        return encode(self._experts_SLK[place_N], seen_N, self._shape)
+
+
+def encode(experts_NLK: AnyArray, seen_N: Sequence[bytes | None], shape: RouteShape) -> bytes:
+    """A record of these experts and of what `_pack` made of the keys."""
+    num_tokens, num_layers, num_chosen = experts_NLK.shape
+    counts = (num_layers, num_chosen, shape.num_indexers, shape.num_keys)
+    compress = zstandard.ZstdCompressor(LEVEL).compress
+    frames = [compress(experts_NLK.tobytes())]
+    seen = [(n, _unpack(bits, shape.num_indexers)) for n, bits in enumerate(seen_N) if bits]
+    for i in range(shape.num_indexers):
+        bits_NW = np.zeros((num_tokens, -(-num_tokens // 8)), np.uint8)
+        for n, bits_IW in seen:
+            bits_NW[n, : bits_IW.shape[1]] = bits_IW[i]
+        bits_NW[1:] ^= bits_NW[:-1].copy()
+        frames.append(compress(bits_NW.tobytes()))
+    sized = [FRAME.pack(len(frame)) + frame for frame in frames]
+    return b"".join([HEAD.pack(MAGIC, num_tokens, *counts), *sized])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,17 +110,9 @@ class RouteRecord:
     """Choices of a sequence's tokens from its first on."""
 
     experts_NLK: AnyArray
-    keys_NIC: AnyArray
-    """Ascending positions and then NONE; a row without any means all up to the token's own."""
-
-    def encode(self) -> bytes:
-        num_tokens, num_layers, num_chosen = self.experts_NLK.shape
-        _, num_indexers, num_keys = self.keys_NIC.shape
-        head = HEAD.pack(MAGIC, num_tokens, num_layers, num_chosen, num_indexers, num_keys)
-        width = self.experts_NLK.dtype.itemsize
-        parts = [bytes([width]), self.experts_NLK.tobytes()]
-        parts += [_as_bits(self.keys_NIC[:, i]).tobytes() for i in range(num_indexers)]
-        return head + zstandard.ZstdCompressor(LEVEL).compress(b"".join(parts))
+    num_keys: int
+    frames: tuple[bytes, ...]
+    """One of each indexer."""
 
     @staticmethod
     def decode(data: bytes, shape: RouteShape) -> RouteRecord:
@@ -113,36 +121,43 @@ class RouteRecord:
         wanted = [shape.num_layers, shape.num_chosen, shape.num_indexers, shape.num_keys]
         if magic != MAGIC or given != wanted:
             raise InvalidRequest(f"not a record of this base's routes: {given}, not {wanted}")
-        raw = zstandard.ZstdDecompressor().decompress(data[HEAD.size :])
-        dtype: Any = np.uint8 if raw[0] == 1 else np.uint16
-        count = num_tokens * shape.num_layers * shape.num_chosen
-        experts = np.frombuffer(raw, dtype, count, 1)
-        start, size = 1 + experts.nbytes, num_tokens * -(-num_tokens // 8)
-        keys_NIC = np.full((num_tokens, shape.num_indexers, shape.num_keys), NONE)
-        for i in range(shape.num_indexers):
-            bits = np.frombuffer(raw, np.uint8, size, start + i * size).reshape(num_tokens, -1)
-            keys_NIC[:, i] = _as_positions(bits, shape.num_keys)
+        experts, *frames = _split(data[HEAD.size :])
+        dtype: Any = np.uint8 if shape.num_experts <= 256 else np.uint16
+        experts_NLK = np.frombuffer(zstandard.decompress(experts), dtype)
         return RouteRecord(
-            experts.reshape(num_tokens, shape.num_layers, shape.num_chosen), keys_NIC
+            experts_NLK.reshape(num_tokens, shape.num_layers, shape.num_chosen),
+            shape.num_keys,
+            tuple(frames),
         )
 
+    def keys(self, indexer: int) -> IntArray:
+        """Ascending positions and then NONE, `[N, C]`; a row without any means all up to the
+        token's own."""
+        num_tokens = len(self.experts_NLK)
+        bits_NW = np.frombuffer(zstandard.decompress(self.frames[indexer]), np.uint8)
+        bits_NW = np.bitwise_xor.accumulate(bits_NW.reshape(num_tokens, -1), axis=0)
+        row, position = np.nonzero(np.unpackbits(bits_NW, axis=1))
+        keys_NC = np.full((num_tokens, self.num_keys), NONE)
+        keys_NC[row, np.arange(len(row)) - np.searchsorted(row, row)] = position
+        return keys_NC
 
-def _as_bits(keys_NC: AnyArray) -> AnyArray:
-    """Which positions each token sees, as bits that differ from its predecessor's, `[N, N / 8]`."""
-    num_tokens = len(keys_NC)
-    sees_NN = np.zeros((num_tokens, num_tokens), bool)
-    row, column = np.nonzero(keys_NC != NONE)
-    sees_NN[row, keys_NC[row, column]] = True
-    bits = np.packbits(sees_NN, axis=1)
-    bits[1:] ^= bits[:-1].copy()
-    return bits
+
+def _split(data: bytes) -> list[bytes]:
+    frames, start = [], 0
+    while start < len(data):
+        (size,) = FRAME.unpack_from(data, start)
+        start += FRAME.size + size
+        frames.append(data[start - size : start])
+    return frames
 
 
-def _as_positions(bits: AnyArray, num_keys: int) -> AnyArray:
-    num_tokens = len(bits)
-    sees_NN = np.unpackbits(np.bitwise_xor.accumulate(bits, axis=0), axis=1, count=num_tokens)
-    keys_NC = np.full((num_tokens, num_keys), NONE)
-    row, position = np.nonzero(sees_NN)
-    nth = np.arange(len(row)) - np.searchsorted(row, row)
-    keys_NC[row, nth] = position
-    return keys_NC
+def _pack(chosen_IC: AnyArray) -> bytes:
+    """Of one token, ascending positions of each indexer: a bit for each, compressed."""
+    sees_IN = np.zeros((len(chosen_IC), int(chosen_IC.max()) + 1), bool)
+    sees_IN[np.arange(len(chosen_IC))[:, None], chosen_IC] = True
+    return zstandard.compress(np.packbits(sees_IN, axis=1).tobytes(), LEVEL)
+
+
+def _unpack(packed: bytes, num_indexers: int) -> AnyArray:
+    """`[I, W]`."""
+    return np.frombuffer(zstandard.decompress(packed), np.uint8).reshape(num_indexers, -1)

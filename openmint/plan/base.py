@@ -30,6 +30,8 @@ from openmint.models.model import CacheShape, RouteShape
 from openmint.plan.placement import Placement, Widths, cuts_of
 from openmint.types import EXPERT, LAYER, BaseInfo, Digest, LoraSpec, TargetStack
 
+REFERENCE_BYTES = 8
+"""To what indexers chose for a token."""
 Share = Literal["attention", "feed-forward", "routed experts", "embedding and head", "others"]
 SHARES: tuple[tuple[str, Share], ...] = (
     (r".*norm\.\w+|.*indexer\..*|mlp\.(gate|router)\..*", "others"),
@@ -150,14 +152,19 @@ class PlannedBase:
 
     @property
     def record_bytes(self) -> int:
-        """Of host memory that a token's choices may take while it is in the KV cache: all but a few
-        of them only where an indexer had more keys than it leaves."""
+        """Of host memory that a token's choices take while it is in the KV cache, but for those of
+        indexers."""
         routes = self.routes
         if routes is None:
             return 0
         expert_bytes = 1 if routes.num_experts <= 256 else 2
-        experts = routes.num_layers * routes.num_chosen * expert_bytes
-        return experts + routes.num_indexers * routes.num_keys * 4 + 1
+        return routes.num_layers * routes.num_chosen * expert_bytes + REFERENCE_BYTES
+
+    @property
+    def index_bits(self) -> int:
+        """That they take at most for each key that indexers chose among, where those are more than
+        they leave."""
+        return self.routes.num_indexers if self.routes else 0
 
     def adapter_values(self, spec: LoraSpec, placement: Placement) -> tuple[int, int]:
         """Of an adapter, what a rank holds, and how much of that has its gradients summed over

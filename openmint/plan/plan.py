@@ -61,6 +61,8 @@ class KvRoom:
     tokens: int
     record_bytes_per_token: int
     """Of what a token chose, in host memory, on each rank."""
+    index_bits_per_key: int
+    """And of what indexers chose for it, at most for each earlier token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,8 @@ class Room:
     def kv(self) -> KvRoom:
         each = self.base.token_bytes(self.placement)
         tokens = self.part_bytes // each
-        return KvRoom(each, self.part_bytes, tokens, self.base.record_bytes)
+        base = self.base
+        return KvRoom(each, self.part_bytes, tokens, base.record_bytes, base.index_bits)
 
     def adapters(self, spec: LoraSpec) -> AdapterRoom:
         held, summed = self.base.adapter_values(spec, self.placement)

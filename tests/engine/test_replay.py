@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from openmint.engine.route_record import RouteRecord
+from openmint.engine.route_record import Recorder, RouteCache, RouteRecord
 from openmint.errors import InvalidRequest
 from openmint.layers.attention import PackedAttention
 from openmint.layers.batch import Batch
@@ -97,7 +97,7 @@ def test_a_record_is_what_a_whole_forward_pass_chooses(folder: Path, tmp_path: P
     assert len(watching.keys_TC) == shape.num_indexers
     for i, own_TC in enumerate(watching.keys_TC):
         assert own_TC is not None
-        for n, (ours, theirs) in enumerate(zip(record.keys_NIC[:, i], own_TC.numpy(), strict=True)):
+        for n, (ours, theirs) in enumerate(zip(record.keys(i), own_TC.numpy(), strict=True)):
             saw_all = (ours == NONE).all()
             expected = np.arange(n + 1) if saw_all else ours[ours != NONE]
             np.testing.assert_array_equal(expected, theirs[theirs != NONE])
@@ -185,6 +185,7 @@ def test_a_record_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("num_experts", [8, 384])
 def test_records_come_back_bit_by_bit(num_experts: int) -> None:
+    """Of tokens in any places, whose positions before the fifth saw all there was."""
     numbers = np.random.default_rng(0)
     shape = RouteShape(3, num_experts, 2, num_indexers=2, num_keys=5)
     experts = numbers.integers(0, num_experts, (40, 3, 2))
@@ -192,8 +193,29 @@ def test_records_come_back_bit_by_bit(num_experts: int) -> None:
     for n in range(5, 40):
         for i in range(2):
             keys[n, i] = np.sort(numbers.permutation(n + 1)[:5])
-    dtype = np.uint8 if num_experts <= 256 else np.uint16
-    data = RouteRecord(experts.astype(dtype), keys).encode()
-    found = RouteRecord.decode(data, shape)
+    cache, places = RouteCache(shape, 64), numbers.permutation(64)[:40]
+    for rows in np.array_split(np.arange(40), 7):
+        recorder = Recorder()
+        for layer in range(3):
+            recorder.experts(layer, torch.from_numpy(experts[rows, layer]))
+        for i in range(2):
+            recorder.keys(i, torch.from_numpy(keys[rows, i]))
+        cache.write(places[rows], recorder)
+    found = RouteRecord.decode(cache.record(places), shape)
     np.testing.assert_array_equal(found.experts_NLK, experts)
-    np.testing.assert_array_equal(found.keys_NIC, keys)
+    for i in range(2):
+        np.testing.assert_array_equal(found.keys(i), keys[:, i])
+
+
+def test_what_a_token_saw_takes_a_bit_for_each_position_at_most() -> None:
+    numbers = np.random.default_rng(0)
+    shape = RouteShape(1, 8, 2, num_indexers=61, num_keys=2048)
+    recorder = Recorder()
+    recorder.experts(0, torch.zeros(1, 2, dtype=torch.int64))
+    for i in range(61):
+        chosen = np.sort(numbers.permutation(4096)[:2048])
+        recorder.keys(i, torch.from_numpy(chosen)[None])
+    cache = RouteCache(shape, 1)
+    cache.write(np.array([0]), recorder)
+    kept = cache._seen_S[0]
+    assert kept is not None and len(kept) < 1.01 * 61 * 4096 / 8
