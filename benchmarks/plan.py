@@ -279,7 +279,7 @@ PLAN_HEAD = [
     "free a GPU",
     "KV tokens a worker",
     "KV a token and GPU",
-    "host memory a token",
+    "host memory a token, and for each before it",
     "summed a token",
     "runs of rank 8: attn / + mlp",
 ]
@@ -302,7 +302,7 @@ def _plan_rows(found: Mapping[str, Plans]) -> Iterator[list[str]]:
                 size(made.memory.left),
                 f"{made.kv.tokens:,}",
                 size(made.kv.bytes_per_token),
-                f"{size(made.kv.record_bytes_per_token)} + {made.kv.index_bits_per_key} bits a key before it",
+                f"{size(made.kv.record_bytes_per_token)} + {made.kv.index_bits_per_key} bits",
                 size(made.traffic.sampled_token),
                 f"{runs[0]} / {runs[1]}",
             ]
