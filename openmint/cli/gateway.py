@@ -166,7 +166,7 @@ class Service:
         else:
             install_client_files(Path(info.directory), info.name, self._settings.data / "client")
             self._workers.add(client)  # from now on the service says that it is ready
-            num_runs = await self._gateway.training.resume(info, process.ready.logged)
+            num_runs = await self._gateway.recovery.resume(info, process.ready.logged)
             await asyncio.to_thread(self._catalog.remember_base, base, CODEC.encode(info))
         seconds = time.monotonic() - started_at
         log.info(

@@ -28,9 +28,10 @@ from openmint.service.meter import Meter
 from openmint.service.orders import LoadOrder, SamplerOrder, SaveOrder
 from openmint.service.probes import Probes, Published
 from openmint.service.resolve import path_of, readable_checkpoint
+from openmint.service.runs import LiveRun, Runs
 from openmint.service.sampling import Sampler, Sampling
 from openmint.service.sessions import Sessions
-from openmint.service.training import LiveRun, NewRun, Training
+from openmint.service.training import NewRun, Training
 from openmint.service.workers import Workers
 from openmint.store.blobs import BlobStore
 from openmint.store.peft_file import to_peft
@@ -66,6 +67,7 @@ class Checkpoints:
         store: BlobStore,
         workers: Workers,
         sessions: Sessions,
+        runs: Runs,
         training: Training,
         sampling: Sampling,
         collector: Collector,
@@ -75,12 +77,12 @@ class Checkpoints:
     ) -> None:
         self._catalog, self._store, self._workers = catalog, store, workers
         self._probes, self._limits, self._meter = probes, limits, meter
-        self._sessions, self._training, self._sampling = sessions, training, sampling
-        self._collector = collector
+        self._sessions, self._sampling, self._collector = sessions, sampling, collector
+        self._runs, self._training = runs, training
         self.links = Links()
-        training.performs(SaveOrder, self._save)
-        training.performs(SamplerOrder, self._open_sampler)
-        training.performs(LoadOrder, self._load)
+        runs.performs(SaveOrder, self._save)
+        runs.performs(SamplerOrder, self._open_sampler)
+        runs.performs(LoadOrder, self._load)
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -93,11 +95,11 @@ class Checkpoints:
         """
         path = TinkerPath(run.run_id, order.segment, checks.check_name(order.name, "path"))
         content = fingerprint(order)
-        if not self._training.is_known(run, seq):
+        if not self._runs.is_known(run, seq):
             self._limits.check_stored(run.tenant)
             if not order.overwrite:
                 self._refuse_taken(run, path)
-        return self._training.submit(run, seq, SAVES[order.segment], content, order)
+        return self._runs.submit(run, seq, SAVES[order.segment], content, order)
 
     def _refuse_taken(self, run: LiveRun, path: TinkerPath) -> None:
         try:
@@ -112,7 +114,7 @@ class Checkpoints:
             keep = order.segment == "sampler_weights"
             command = ExportRun(run.run_id, run.tenant, keep_resident=keep)
         with self._collector.saving():
-            blob = await self._training.call(run, command)
+            blob = await self._runs.call(run, command)
             assert isinstance(blob, SavedBlob)
             await self._collector.spare(blob.digest)
             await asyncio.to_thread(
@@ -148,13 +150,13 @@ class Checkpoints:
         kind = SAVES["sampler_weights"]
         # Without its number: the SDK draws a new one each time that it sends the request again.
         content = fingerprint("sampler", inflight)
-        return self._training.submit(run, seq, kind, content, order)
+        return self._runs.submit(run, seq, kind, content, order)
 
     async def _open_sampler(self, run: LiveRun, _seq: int, order: SamplerOrder) -> object:
         sampler_id = f"{run.session_id}:sample:{order.sampling_seq}"
         command = ExportRun(run.run_id, run.tenant, keep_resident=True)
         with self._collector.saving():
-            blob = await self._training.call(run, command)
+            blob = await self._runs.call(run, command)
             assert isinstance(blob, SavedBlob)
             await self._collector.spare(blob.digest)
             await asyncio.to_thread(
@@ -188,10 +190,10 @@ class Checkpoints:
             )
         order = LoadOrder(path, _restore(run.run_id, run.tenant, found, optimizer))
         content = fingerprint("load", path, optimizer)
-        return self._training.submit(run, seq, "load_weights", content, order)
+        return self._runs.submit(run, seq, "load_weights", content, order)
 
     async def _load(self, run: LiveRun, _seq: int, order: LoadOrder) -> object:
-        await self._training.call(run, order.command)
+        await self._runs.call(run, order.command)
         return {"path": order.path, "model_id": run.run_id, "type": "load_weights"}
 
     def create_from(

@@ -26,9 +26,11 @@ from openmint.service.pinning import Pinning
 from openmint.service.prewarming import Prewarming
 from openmint.service.probes import Probes
 from openmint.service.promotion import Promotion
+from openmint.service.recovery import Recovery
 from openmint.service.replaying import Replaying
 from openmint.service.retention import Retention
 from openmint.service.route_records import RouteRecords
+from openmint.service.runs import Runs
 from openmint.service.sampling import Sampling
 from openmint.service.schedules import Schedules
 from openmint.service.sessions import Sessions
@@ -57,6 +59,7 @@ class Gateway:
     futures: Futures
     sessions: Sessions
     training: Training
+    recovery: Recovery
     sampling: Sampling
     checkpoints: Checkpoints
     targets: Targets
@@ -143,8 +146,9 @@ def build_gateway(
     meter = Meter(catalog, limits)
     route_records = RouteRecords(service.route_record_bytes)
     replaying = Replaying(service, route_records)
-    gap_seconds = service.seq_gap_seconds
-    training = Training(catalog, workers, futures, sessions, limits, meter, replaying, gap_seconds)
+    runs = Runs(catalog, workers, futures, service.seq_gap_seconds)
+    recovery = Recovery(catalog, workers, futures, sessions, runs)
+    training = Training(catalog, workers, futures, sessions, runs, limits, meter, replaying)
     pinning = Pinning(catalog, workers, limits, settings)
     limits.count_resident_by(
         lambda t: (training.num_runs(t), workers.sampled_revisions(t) | pinning.revisions(t))
@@ -155,14 +159,24 @@ def build_gateway(
     collector = Collector(catalog, store, service.grace_seconds)
     probes = Probes(catalog, workers, service.drift_alarm)
     checkpoints = Checkpoints(
-        catalog, store, workers, sessions, training, sampling, collector, probes, limits, meter
+        catalog,
+        store,
+        workers,
+        sessions,
+        runs,
+        training,
+        sampling,
+        collector,
+        probes,
+        limits,
+        meter,
     )
     targets = Targets(catalog, workers, sampling)
     prewarming = Prewarming(targets, pinning)
     watching = Watching(catalog, prewarming)
     completions = Completions(targets, TokenizerCache(), limits, watching)
     evaluations = Evaluations(catalog, completions, prewarming)
-    training.restore()
+    recovery.restore()
     return Gateway(
         settings,
         catalog,
@@ -172,6 +186,7 @@ def build_gateway(
         futures,
         sessions,
         training,
+        recovery,
         sampling,
         checkpoints,
         targets,
@@ -183,7 +198,7 @@ def build_gateway(
         Adapters(catalog, store, workers, collector, probes, limits),
         evaluations,
         Schedules(catalog, evaluations),
-        Snapshots(catalog, workers, training, collector, service),
+        Snapshots(catalog, workers, runs, collector, service),
         probes,
         limits,
         meter,

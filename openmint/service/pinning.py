@@ -19,6 +19,7 @@ from openmint.catalog.catalog import Catalog
 from openmint.catalog.records import Pin, Revision
 from openmint.config import Settings
 from openmint.errors import Conflict, OpenMintError
+from openmint.service.background import Background
 from openmint.service.limits import Limits
 from openmint.service.workers import Workers
 from openmint.types import BaseInfo, Digest, Tenant
@@ -87,7 +88,7 @@ class Pinning:
         self._plan = Plan(self._most_bytes, self._most_tenant_bytes)
         self._over_limit: list[str] = []
         self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def pin(self, tenant: Tenant, policy: str, alias: str, *, actor: str) -> PinStatus:
         """Keep what the alias names in memory from now on, also after its moves. Durable on return;
@@ -125,9 +126,7 @@ class Pinning:
 
     def follow(self) -> None:
         """An alias has changed: hold what it names now, soon."""
-        task = asyncio.create_task(self._follow())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._background.start(self._follow())
 
     async def apply(self) -> list[Pin]:
         """Tell each worker what to hold by the pins as they are now. Cheap when nothing changed."""

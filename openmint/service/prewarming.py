@@ -6,7 +6,6 @@ Lives on the event loop.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import structlog
 
 from openmint.errors import InvalidRequest, OpenMintError
 from openmint.scheduler.work import Prewarm
+from openmint.service.background import Background
 from openmint.service.completions import together
 from openmint.service.pinning import Pinning
 from openmint.service.targets import Target, Targets
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 class Prewarming:
     targets: Targets
     pinning: Pinning
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _background: Background = field(default_factory=Background)
 
     async def prewarm(
         self, tenant: Tenant, models: Sequence[str], load_seconds: float | None
@@ -54,9 +54,7 @@ class Prewarming:
             self._begin(_load(tenant, target, None), model)
 
     def _begin(self, load: Coroutine[Any, Any, Digest], model: str) -> None:
-        task = asyncio.create_task(_quietly(load, model))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._background.start(_quietly(load, model))
 
     async def _load_named(self, tenant: Tenant, model: str) -> Digest:
         return await _load(tenant, self.targets.resolve(tenant, model), None)

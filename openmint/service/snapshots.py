@@ -15,7 +15,7 @@ from openmint.config import ServiceConfig
 from openmint.errors import OpenMintError, WorkerLost
 from openmint.scheduler.work import SavedBlob, SaveRun
 from openmint.service.collector import Collector
-from openmint.service.training import LiveRun, Training
+from openmint.service.runs import LiveRun, Runs
 from openmint.service.workers import Workers
 
 log = structlog.get_logger(__name__)
@@ -32,12 +32,12 @@ class Snapshots:
         self,
         catalog: Catalog,
         workers: Workers,
-        training: Training,
+        runs: Runs,
         collector: Collector,
         config: ServiceConfig,
     ) -> None:
         self._catalog, self._workers = catalog, workers
-        self._training, self._collector, self._config = training, collector, config
+        self._runs, self._collector, self._config = runs, collector, config
 
     async def keep(self) -> None:
         """Save every run that is due, one after the other, for ever."""
@@ -56,7 +56,7 @@ class Snapshots:
     def due(self, now_seconds: float) -> list[LiveRun]:
         """The runs with much to do again; those that nobody asks anything; and while a base's log
         is too long, those that hold most of it."""
-        runs = [run for run in self._training.live_runs() if run.unsaved]
+        runs = [run for run in list(self._runs.live.values()) if run.unsaved]
         return [
             run
             for run in runs
@@ -83,7 +83,7 @@ class Snapshots:
         seq = run.lane.sent_seq
         with self._collector.saving():
             # Its first step sends the command, so nothing comes between.
-            blob = await self._training.call(run, SaveRun(run.run_id, run.tenant))
+            blob = await self._runs.call(run, SaveRun(run.run_id, run.tenant))
             assert isinstance(blob, SavedBlob)
             await self._collector.spare(blob.digest)
             before = [pending for at, pending in run.pending.items() if at <= seq]

@@ -149,7 +149,7 @@ async def test_pins_follow_every_change_of_their_alias(catalog: Catalog) -> None
         (promotion.finish_canary, {"override_reason": None}, [second]),
     ):
         await change(**where, **more)  # type: ignore[operator]
-        await asyncio.gather(*place.pinning._tasks)
+        await asyncio.gather(*place.pinning._background._tasks)
         assert place.held() == held
 
 

@@ -39,11 +39,11 @@ async def test_an_evaluation_s_revision_is_loaded_by_the_worker_that_will_draw(
     client, prewarming = Client(error), Prewarming(None, None)  # type: ignore[arg-type]
     target = Target(client, None, digest_of(1), "ann/math")  # type: ignore[arg-type]
     prewarming.before_evaluation(ANN, target)
-    await asyncio.gather(*prewarming._tasks)
+    await asyncio.gather(*prewarming._background._tasks)
     assert client.commands == [Prewarm(ANN, digest_of(1), None)]
 
 
 async def test_a_base_is_not_loaded() -> None:
     prewarming = Prewarming(None, None)  # type: ignore[arg-type]
     prewarming.before_evaluation(ANN, Target(Client(), None, None))  # type: ignore[arg-type]
-    assert not prewarming._tasks
+    assert not prewarming._background._tasks
