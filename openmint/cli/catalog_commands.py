@@ -11,14 +11,7 @@ import typer
 
 from openmint.catalog.address import NAME, PolicyAddress
 from openmint.cli.output import JsonFlag, YesFlag, confirm, console, fail, progress, show
-from openmint.cli.remote import (
-    DEFAULT_DATA,
-    DEFAULT_URL,
-    DataOption,
-    KeyOption,
-    UrlOption,
-    connect,
-)
+from openmint.cli.remote import Remote, with_remote
 from openmint.errors import InvalidRequest
 
 policies = typer.Typer(help="Policies: what is trained and served.", no_args_is_help=True)
@@ -86,7 +79,9 @@ def register(app: typer.Typer) -> None:
 
 
 @policies.command("ls")
+@with_remote
 def list_policies(
+    remote: Remote,
     limit: LimitOption = 100,
     search: Annotated[str | None, typer.Option(help="Only names that contain this.")] = None,
     prefix: PrefixOption = None,
@@ -96,9 +91,6 @@ def list_policies(
     task: TaskOption = None,
     min_score: ScoreOption = None,
     tenant: TenantOption = None,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """The tenant's policies by name; with a task, the best score first."""
@@ -106,26 +98,25 @@ def list_policies(
         "search": search, "prefix": prefix, "tag": tag, "owner": owner, "base": base, "task": task,
         "min_score": min_score, "tenant": tenant,
     }  # fmt: skip
-    with connect(url, key, data) as remote:
-        items = remote.take("/catalog/v1/policies", limit, **wanted)
+    items = remote.take("/catalog/v1/policies", limit, **wanted)
     show(items, as_json=as_json, columns=POLICY_COLUMNS)
 
 
 @policies.command("show")
+@with_remote
 def show_policy(
+    remote: Remote,
     policy: PolicyArgument,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """One policy with its aliases."""
-    with connect(url, key, data) as remote:
-        show(remote.get(policy_path(policy)), as_json=as_json)
+    show(remote.get(policy_path(policy)), as_json=as_json)
 
 
 @policies.command("retention")
+@with_remote
 def retention(
+    remote: Remote,
     policy: PolicyArgument,
     keep: Annotated[
         int | None, typer.Option("--keep", help="Keep so many of its newest revisions.", min=1)
@@ -133,19 +124,15 @@ def retention(
     clear: Annotated[
         bool, typer.Option("--clear", help="Keep what the service's settings say.")
     ] = False,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """What a policy keeps and what would be deleted now; with --keep or --clear, change it."""
     if clear and keep is not None:
         raise InvalidRequest("give --keep or --clear, not both")
     path = f"{policy_path(policy)}/retention"
-    with connect(url, key, data) as remote:
-        changes = clear or keep is not None
-        plan = remote.send("PUT", path, json={"keep_revisions": keep}) if changes else None
-        plan = plan or remote.get(path)
+    changes = clear or keep is not None
+    plan = remote.send("PUT", path, json={"keep_revisions": keep}) if changes else None
+    plan = plan or remote.get(path)
     if as_json:
         show(plan, as_json=True)
         return
@@ -155,25 +142,25 @@ def retention(
 
 
 @revisions.command("ls")
+@with_remote
 def list_revisions(
+    remote: Remote,
     policy: PolicyArgument,
     limit: LimitOption = 100,
     ephemeral: Annotated[
         bool, typer.Option("--ephemeral", help="Unnamed saves of training too.")
     ] = False,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """The revisions of a policy, newest first."""
-    with connect(url, key, data) as remote:
-        items = remote.take(f"{policy_path(policy)}/revisions", limit, ephemeral=ephemeral)
+    items = remote.take(f"{policy_path(policy)}/revisions", limit, ephemeral=ephemeral)
     show(items, as_json=as_json, columns=REVISION_COLUMNS)
 
 
 @revisions.command("find")
+@with_remote
 def find_revisions(
+    remote: Remote,
     limit: LimitOption = 100,
     prefix: PrefixOption = None,
     tag: TagOption = None,
@@ -182,9 +169,6 @@ def find_revisions(
     task: TaskOption = None,
     min_score: ScoreOption = None,
     tenant: TenantOption = None,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Revisions of all the tenant's policies that all options want; with a task, best first."""
@@ -192,75 +176,68 @@ def find_revisions(
         "prefix": prefix, "tag": tag, "owner": owner, "base": base, "task": task,
         "min_score": min_score, "tenant": tenant,
     }  # fmt: skip
-    with connect(url, key, data) as remote:
-        items = remote.take("/catalog/v1/revisions", limit, **wanted)
+    items = remote.take("/catalog/v1/revisions", limit, **wanted)
     show(items, as_json=as_json, columns=("policy", *REVISION_COLUMNS))
 
 
 @revisions.command("show")
+@with_remote
 def show_revision(
+    remote: Remote,
     revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY[@ALIAS|@sha256:…]")],
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """One revision: digest, base, rank, parent, optimizer steps, evaluations."""
-    with connect(url, key, data) as remote:
-        show(remote.get(revision_path(revision)), as_json=as_json)
+    show(remote.get(revision_path(revision)), as_json=as_json)
 
 
 @revisions.command("lineage")
+@with_remote
 def show_lineage(
+    remote: Remote,
     revision: ThingArgument,
     descendants: Annotated[
         bool, typer.Option("--descendants", help="What came of it, not what it came of.")
     ] = False,
     depth: Annotated[int, typer.Option(help="At most so many steps away.", min=1, max=1000)] = 100,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """A revision and its ancestors, or its descendants, nearest first."""
     what = "descendants" if descendants else "lineage"
-    with connect(url, key, data) as remote:
-        items = remote.get(f"{revision_path(revision)}/{what}", depth=depth)["items"]
+    items = remote.get(f"{revision_path(revision)}/{what}", depth=depth)["items"]
     show(items, as_json=as_json, columns=("distance", *REVISION_COLUMNS))
 
 
 @aliases.command("ls")
+@with_remote
 def list_aliases(
+    remote: Remote,
     policy: PolicyArgument,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """The aliases of a policy and what they name now."""
-    with connect(url, key, data) as remote:
-        items = remote.get(f"{policy_path(policy)}/aliases")["items"]
+    items = remote.get(f"{policy_path(policy)}/aliases")["items"]
     show(items, as_json=as_json, columns=ALIAS_COLUMNS)
 
 
 @aliases.command("history")
+@with_remote
 def alias_history(
+    remote: Remote,
     policy: PolicyArgument,
     alias: AliasOption = "prod",
     limit: LimitOption = 100,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Every move of an alias, newest first."""
-    with connect(url, key, data) as remote:
-        path = f"{policy_path(policy)}/aliases/{alias}/history"
-        items = remote.take(path, limit)
+    path = f"{policy_path(policy)}/aliases/{alias}/history"
+    items = remote.take(path, limit)
     show(items, as_json=as_json, columns=EVENT_COLUMNS)
 
 
+@with_remote
 def evaluate(
+    remote: Remote,
     model: Annotated[str, typer.Argument(help="A base, tenant/policy, …@alias or …@sha256:…")],
     task: Annotated[
         str, typer.Option("--task", help="Task file (JSON), or name or digest of a stored task.")
@@ -268,9 +245,6 @@ def evaluate(
     n: Annotated[int | None, typer.Option("--n", help="Only the first n items.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Score a model on a task; the result is stored with the revision, task digest, seed and n."""
@@ -281,7 +255,7 @@ def evaluate(
         "seed": seed,
         "temperature": temperature,
     }
-    with connect(url, key, data) as remote, progress(f"evaluating {model}") as bar:
+    with progress(f"evaluating {model}") as bar:
         result = remote.post("/catalog/v1/evaluations", body)
         while result["status"] == "running":
             time.sleep(POLL_SECONDS)
@@ -293,16 +267,15 @@ def evaluate(
         fail(f"the evaluation {result['status']}: {result['error']}")
 
 
+@with_remote
 def promote(
+    remote: Remote,
     revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY@sha256:…|@ALIAS")],
     alias: AliasOption = "prod",
     reason: ReasonOption = "",
     override: OverrideOption = None,
     if_version: IfVersionOption = None,
     yes: YesFlag = False,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Point an alias at a revision that passes its gates; the next request is answered by it."""
@@ -312,42 +285,37 @@ def promote(
         raise InvalidRequest(f"say which revision: {revision}@sha256:… or {revision}@latest")
     policy = f"{address.tenant}/{address.policy}"
     confirm(f"Point {policy}@{alias} at {target}?", yes=yes)
-    with connect(url, key, data) as remote:
-        path = f"{policy_path(policy)}/aliases/{alias}/promote"
-        body = {"revision": target, "reason": reason, "override_reason": override}
-        moved = remote.post(path, body, if_match=if_version)
+    path = f"{policy_path(policy)}/aliases/{alias}/promote"
+    body = {"revision": target, "reason": reason, "override_reason": override}
+    moved = remote.post(path, body, if_match=if_version)
     show_move(policy, moved, as_json=as_json)
 
 
+@with_remote
 def rollback(
+    remote: Remote,
     policy: PolicyArgument,
     alias: AliasOption = "prod",
     reason: ReasonOption = "",
     if_version: IfVersionOption = None,
     yes: YesFlag = False,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Undo an alias's last change: abort its canary, else point it back at what it named before."""
     path = f"{policy_path(policy)}/aliases/{alias}/rollback"
     confirm(f"Roll {policy}@{alias} back?", yes=yes)
-    with connect(url, key, data) as remote:
-        moved = remote.post(path, {"reason": reason}, if_match=if_version)
+    moved = remote.post(path, {"reason": reason}, if_match=if_version)
     show_move(policy, moved, as_json=as_json)
 
 
+@with_remote
 def prewarm(
+    remote: Remote,
     models: Annotated[list[str], typer.Argument(help="tenant/policy[@alias|@digest], several.")],
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Have revisions read into memory before they are asked for."""
-    with connect(url, key, data) as remote:
-        found = remote.post("/catalog/v1/prewarm", {"models": models})["items"]
+    found = remote.post("/catalog/v1/prewarm", {"models": models})["items"]
     if as_json:
         show(found, as_json=True)
     else:
@@ -355,80 +323,68 @@ def prewarm(
             console.print(f"{item['model']} is {item['digest']}, in memory")
 
 
+@with_remote
 def pin(
+    remote: Remote,
     policy: PolicyArgument,
     alias: PinnedOption = "prod",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Keep what an alias names in memory from now on, also after its moves and after restarts."""
-    with connect(url, key, data) as remote:
-        pinned = remote.put(f"{policy_path(policy)}/aliases/{alias}/pin", {})
+    pinned = remote.put(f"{policy_path(policy)}/aliases/{alias}/pin", {})
     show(pinned if as_json else _rows_of(pinned), as_json=as_json, columns=PIN_COLUMNS)
 
 
+@with_remote
 def unpin(
+    remote: Remote,
     policy: PolicyArgument,
     alias: PinnedOption = "prod",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Let what an alias names leave memory like any other."""
-    with connect(url, key, data) as remote:
-        remote.send("DELETE", f"{policy_path(policy)}/aliases/{alias}/pin")
+    remote.send("DELETE", f"{policy_path(policy)}/aliases/{alias}/pin")
 
 
+@with_remote
 def list_pins(
+    remote: Remote,
     tenant: TenantOption = None,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """The pinned aliases, and whether what they name is in memory."""
-    with connect(url, key, data) as remote:
-        items = remote.get("/catalog/v1/pins", tenant=tenant)["items"]
+    items = remote.get("/catalog/v1/pins", tenant=tenant)["items"]
     rows = [row for item in items for row in _rows_of(item)]
     show(items if as_json else rows, as_json=as_json, columns=PIN_COLUMNS)
 
 
+@with_remote
 def tag(
+    remote: Remote,
     thing: ThingArgument,
     word: Annotated[str, typer.Argument(metavar="TAG")],
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Tag a policy or a revision, to find it again with --tag."""
-    with connect(url, key, data) as remote:
-        remote.send("PUT", _tag_path(thing, word))
+    remote.send("PUT", _tag_path(thing, word))
 
 
+@with_remote
 def untag(
+    remote: Remote,
     thing: ThingArgument,
     word: Annotated[str, typer.Argument(metavar="TAG")],
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Take a tag from a policy or a revision."""
-    with connect(url, key, data) as remote:
-        remote.send("DELETE", _tag_path(thing, word))
+    remote.send("DELETE", _tag_path(thing, word))
 
 
+@with_remote
 def gc(
+    remote: Remote,
     limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=1000)] = 100,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Bytes that no record names, and when the server deletes them; changes nothing."""
-    with connect(url, key, data) as remote:
-        items = remote.get("/catalog/v1/garbage", limit=limit)["items"]
+    items = remote.get("/catalog/v1/garbage", limit=limit)["items"]
     show(items, as_json=as_json, columns=("digest", "goes_at"))
 
 

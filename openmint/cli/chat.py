@@ -10,16 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from openmint.cli.output import err_console
-from openmint.cli.remote import (
-    DEFAULT_DATA,
-    DEFAULT_URL,
-    DataOption,
-    KeyOption,
-    Remote,
-    UrlOption,
-    check,
-    connect,
-)
+from openmint.cli.remote import Remote, check, with_remote
 from openmint.errors import ServiceError
 
 Message = dict[str, str]
@@ -29,7 +20,9 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
 
 
+@with_remote
 def chat(
+    remote: Remote,
     model: Annotated[
         str, typer.Argument(help="A base, tenant/policy, …@alias, …@sha256:…, or tinker:// path.")
     ],
@@ -40,19 +33,15 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Repeat an answer.")] = None,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Ask a model; the answer appears as it is generated. End a conversation with Ctrl-D."""
     settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     body = {name: value for name, value in settings.items() if value is not None}
     history: list[Message] = [{"role": "system", "content": system}] if system else []
-    with connect(url, key, data) as remote:
-        for question in [message] if message is not None else _questions():
-            history.append({"role": "user", "content": question})
-            answer = _answer(remote, {**body, "messages": history})
-            history.append({"role": "assistant", "content": answer})
+    for question in [message] if message is not None else _questions():
+        history.append({"role": "user", "content": question})
+        answer = _answer(remote, {**body, "messages": history})
+        history.append({"role": "assistant", "content": answer})
 
 
 def _questions() -> Iterator[str]:

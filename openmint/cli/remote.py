@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +63,8 @@ class Remote:
     """Calls of one server with one key."""
 
     client: httpx.Client
+    data: Path
+    """The server's data folder, if it is on this machine."""
 
     def get(self, path: str, **params: Any) -> Any:
         return self.send("GET", path, params=_present(params))
@@ -106,14 +110,35 @@ def check(response: httpx.Response) -> None:
 
 
 @contextmanager
-def connect(url: str, key: str, data: Path) -> Iterator[Remote]:
+def connect(
+    url: UrlOption = DEFAULT_URL, key: KeyOption = "", data: DataOption = DEFAULT_DATA
+) -> Iterator[Remote]:
     """A connection to the server. Leaves with exit code 1 when nothing answers there."""
     headers = {"Authorization": f"Bearer {key or key_in(data)}"}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_SECONDS) as client:
-            yield Remote(client)
+            yield Remote(client, data)
     except httpx.TransportError as error:
         fail(f"no answer from {url} ({error}); start it with `openmint serve`, or give --url")
+
+
+def with_remote(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with options that say where its server is and which key to use, at the end of its
+    own; it gets the connection before all else."""
+    signature = inspect.signature(command, eval_str=True)
+    _, *own = signature.parameters.values()
+    places = inspect.signature(connect, eval_str=True).parameters.values()
+
+    @wraps(command)
+    def connected(**given: Any) -> None:
+        where = {place.name: given.pop(place.name) for place in places}
+        with connect(**where) as remote:
+            command(remote, **given)
+
+    parameters = [*own, *places]
+    connected.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    connected.__annotations__ = {each.name: each.annotation for each in parameters}
+    return connected
 
 
 def key_in(data: Path) -> str:

@@ -8,14 +8,7 @@ from typing import Annotated
 import typer
 
 from openmint.cli.output import JsonFlag, console, show
-from openmint.cli.remote import (
-    DEFAULT_DATA,
-    DEFAULT_URL,
-    DataOption,
-    KeyOption,
-    UrlOption,
-    connect,
-)
+from openmint.cli.remote import Remote, with_remote
 
 quota = typer.Typer(help="Quotas: what a tenant may use.", no_args_is_help=True)
 
@@ -31,36 +24,34 @@ def register(app: typer.Typer) -> None:
     app.command()(usage)
 
 
+@with_remote
 def usage(
+    remote: Remote,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's (admin keys).")] = None,
     days: Annotated[float, typer.Option(help="How far back.", min=0.0, max=3660.0)] = 1.0,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Tokens, saves and engine seconds by hour and base; with an admin key, of every tenant."""
     since = (datetime.now(UTC) - timedelta(days=days)).isoformat()
-    with connect(url, key, data) as remote:
-        found = remote.get("/catalog/v1/usage", tenant=tenant, since=since)
+    found = remote.get("/catalog/v1/usage", tenant=tenant, since=since)
     show(found["items"], as_json=as_json, columns=USAGE_COLUMNS)
 
 
 @quota.command("show")
+@with_remote
 def show_quota(
+    remote: Remote,
     tenant: TenantArgument,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """What the tenant may use: its own quota, else the default."""
-    with connect(url, key, data) as remote:
-        show(remote.get(f"/catalog/v1/tenants/{tenant}/quota"), as_json=as_json)
+    show(remote.get(f"/catalog/v1/tenants/{tenant}/quota"), as_json=as_json)
 
 
 @quota.command("set")
+@with_remote
 def set_quota(
+    remote: Remote,
     tenant: TenantArgument,
     requests_per_minute: Annotated[int | None, typer.Option(help="Requests a minute.")] = None,
     tokens_per_minute: Annotated[
@@ -72,9 +63,6 @@ def set_quota(
     stored_bytes: Annotated[
         int | None, typer.Option(help="Bytes of checkpoints and revisions.")
     ] = None,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Give the tenant a quota of its own; what is left out is without limit."""
@@ -84,18 +72,15 @@ def set_quota(
         "resident_adapters": resident_adapters,
         "stored_bytes": stored_bytes,
     }
-    with connect(url, key, data) as remote:
-        show(remote.send("PUT", f"/catalog/v1/tenants/{tenant}/quota", json=body), as_json=as_json)
+    show(remote.send("PUT", f"/catalog/v1/tenants/{tenant}/quota", json=body), as_json=as_json)
 
 
 @quota.command("clear")
+@with_remote
 def clear_quota(
+    remote: Remote,
     tenant: TenantArgument,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Give the tenant the default quota again."""
-    with connect(url, key, data) as remote:
-        remote.send("DELETE", f"/catalog/v1/tenants/{tenant}/quota")
+    remote.send("DELETE", f"/catalog/v1/tenants/{tenant}/quota")
     console.print(f"{tenant} has the default quota")

@@ -17,14 +17,7 @@ from openmint.cli.catalog_commands import (
     show_move,
 )
 from openmint.cli.output import JsonFlag, YesFlag, confirm, console, show
-from openmint.cli.remote import (
-    DEFAULT_DATA,
-    DEFAULT_URL,
-    DataOption,
-    KeyOption,
-    UrlOption,
-    connect,
-)
+from openmint.cli.remote import Remote, with_remote
 from openmint.errors import InvalidRequest
 
 gate = typer.Typer(
@@ -68,22 +61,22 @@ def register(app: typer.Typer) -> None:
 
 
 @gate.command("list")
+@with_remote
 def list_gates(
+    remote: Remote,
     policy: PolicyArgument,
     alias: AliasOption = "prod",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """The gates of an alias."""
-    with connect(url, key, data) as remote:
-        items = remote.get(f"{_alias_path(policy, alias)}/gates")["items"]
+    items = remote.get(f"{_alias_path(policy, alias)}/gates")["items"]
     show(items, as_json=as_json, columns=GATE_COLUMNS)
 
 
 @gate.command("add")
+@with_remote
 def add_gate(
+    remote: Remote,
     policy: PolicyArgument,
     task: Annotated[
         str, typer.Option("--task", help="Name (its newest task counts) or digest of a task.")
@@ -97,9 +90,6 @@ def add_gate(
     n: Annotated[
         int | None, typer.Option("--n", help="Items that must be asked at least; else all.")
     ] = None,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Let an alias move only to revisions that reach a score, or are not much worse than now."""
@@ -110,35 +100,31 @@ def add_gate(
         "confidence": confidence,
         "n": n,
     }
-    with connect(url, key, data) as remote:
-        show(remote.post(f"{_alias_path(policy, alias)}/gates", body), as_json=as_json)
+    show(remote.post(f"{_alias_path(policy, alias)}/gates", body), as_json=as_json)
 
 
 @gate.command("remove")
+@with_remote
 def remove_gate(
+    remote: Remote,
     policy: PolicyArgument,
     gate_id: Annotated[int, typer.Argument(metavar="GATE_ID")],
     alias: AliasOption = "prod",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Let an alias move without this gate."""
-    with connect(url, key, data) as remote:
-        remote.send("DELETE", f"{_alias_path(policy, alias)}/gates/{gate_id}")
+    remote.send("DELETE", f"{_alias_path(policy, alias)}/gates/{gate_id}")
 
 
 @canary.command("start")
+@with_remote
 def start_canary(
+    remote: Remote,
     revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY@sha256:…|@ALIAS")],
     share: ShareOption,
     alias: AliasOption = "prod",
     reason: ReasonOption = "",
     if_version: IfVersionOption = None,
     yes: YesFlag = False,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Give a share of an alias's traffic to a second revision."""
@@ -149,91 +135,84 @@ def start_canary(
     policy = f"{address.tenant}/{address.policy}"
     confirm(f"Give {share:g} of {policy}@{alias} to {target}?", yes=yes)
     body = {"revision": target, "share": share, "reason": reason}
-    with connect(url, key, data) as remote:
-        changed = remote.put(f"{_alias_path(policy, alias)}/canary", body, if_match=if_version)
+    changed = remote.put(f"{_alias_path(policy, alias)}/canary", body, if_match=if_version)
     _show_canary(policy, changed, as_json=as_json)
 
 
 @canary.command("share")
+@with_remote
 def share_canary(
+    remote: Remote,
     policy: PolicyArgument,
     share: ShareOption,
     alias: AliasOption = "prod",
     reason: ReasonOption = "",
     if_version: IfVersionOption = None,
     yes: YesFlag = False,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Change the canary's share; raising it moves clients to the canary and none away from it."""
     confirm(f"Give {share:g} of {policy}@{alias} to its canary?", yes=yes)
     body = {"share": share, "reason": reason}
-    with connect(url, key, data) as remote:
-        changed = remote.put(f"{_alias_path(policy, alias)}/canary", body, if_match=if_version)
+    changed = remote.put(f"{_alias_path(policy, alias)}/canary", body, if_match=if_version)
     _show_canary(policy, changed, as_json=as_json)
 
 
 @canary.command("finish")
+@with_remote
 def finish_canary(
+    remote: Remote,
     policy: PolicyArgument,
     alias: AliasOption = "prod",
     reason: ReasonOption = "",
     override: OverrideOption = None,
     if_version: IfVersionOption = None,
     yes: YesFlag = False,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Promote the canary, if it passes the alias's gates."""
     confirm(f"Point {policy}@{alias} at its canary?", yes=yes)
     body = {"reason": reason, "override_reason": override}
-    with connect(url, key, data) as remote:
-        path = f"{_alias_path(policy, alias)}/canary/finish"
-        moved = remote.post(path, body, if_match=if_version)
+    path = f"{_alias_path(policy, alias)}/canary/finish"
+    moved = remote.post(path, body, if_match=if_version)
     show_move(policy, moved, as_json=as_json)
 
 
 @canary.command("abort")
+@with_remote
 def abort_canary(
+    remote: Remote,
     policy: PolicyArgument,
     alias: AliasOption = "prod",
     reason: ReasonOption = "",
     if_version: IfVersionOption = None,
     yes: YesFlag = False,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Give all traffic back to what the alias names."""
     confirm(f"Take the canary of {policy}@{alias} away?", yes=yes)
-    with connect(url, key, data) as remote:
-        path = f"{_alias_path(policy, alias)}/canary/abort"
-        kept = remote.post(path, {"reason": reason}, if_match=if_version)
+    path = f"{_alias_path(policy, alias)}/canary/abort"
+    kept = remote.post(path, {"reason": reason}, if_match=if_version)
     show_move(policy, kept, as_json=as_json)
 
 
 @watch.command("list")
+@with_remote
 def list_watches(
+    remote: Remote,
     policy: PolicyArgument,
     alias: AliasOption = "prod",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """The watches of an alias, and what they find now."""
-    with connect(url, key, data) as remote:
-        items = remote.get(f"{_alias_path(policy, alias)}/watches")["items"]
+    items = remote.get(f"{_alias_path(policy, alias)}/watches")["items"]
     show(items, as_json=as_json, columns=WATCH_COLUMNS)
 
 
 @watch.command("add")
+@with_remote
 def add_watch(
+    remote: Remote,
     policy: PolicyArgument,
     metric: Annotated[
         str, typer.Option("--metric", help="A name that clients report, or service.failed.")
@@ -244,9 +223,6 @@ def add_watch(
     confidence: Annotated[float, typer.Option(help="That the mean is worse than that.")] = 0.95,
     min_observations: Annotated[int, typer.Option(help="Fewer decide nothing.", min=1)] = 20,
     window_seconds: Annotated[int, typer.Option(help="How far back.", min=60)] = 3600,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Abort a canary, or roll an alias back, when its answers do worse than this."""
@@ -258,41 +234,38 @@ def add_watch(
         "min_observations": min_observations,
         "window_seconds": window_seconds,
     }
-    with connect(url, key, data) as remote:
-        show(remote.post(f"{_alias_path(policy, alias)}/watches", body), as_json=as_json)
+    show(remote.post(f"{_alias_path(policy, alias)}/watches", body), as_json=as_json)
 
 
 @watch.command("remove")
+@with_remote
 def remove_watch(
+    remote: Remote,
     policy: PolicyArgument,
     watch_id: Annotated[int, typer.Argument(metavar="WATCH_ID")],
     alias: AliasOption = "prod",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Watch no longer."""
-    with connect(url, key, data) as remote:
-        remote.send("DELETE", f"{_alias_path(policy, alias)}/watches/{watch_id}")
+    remote.send("DELETE", f"{_alias_path(policy, alias)}/watches/{watch_id}")
 
 
 @schedule.command("list")
+@with_remote
 def list_schedules(
+    remote: Remote,
     policy: PolicyArgument,
     alias: FollowedOption = "latest",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """The schedules of an alias."""
-    with connect(url, key, data) as remote:
-        items = remote.get(f"{_alias_path(policy, alias)}/schedules")["items"]
+    items = remote.get(f"{_alias_path(policy, alias)}/schedules")["items"]
     show(items, as_json=as_json, columns=SCHEDULE_COLUMNS)
 
 
 @schedule.command("add")
+@with_remote
 def add_schedule(
+    remote: Remote,
     policy: PolicyArgument,
     task: Annotated[
         str, typer.Option("--task", help="Name (its newest task is asked) or digest of a task.")
@@ -302,29 +275,23 @@ def add_schedule(
         float | None, typer.Option(help="So often, instead of for each new revision.")
     ] = None,
     n: Annotated[int | None, typer.Option("--n", help="Only the first n items.", min=1)] = None,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate each revision that is new to an alias, or what it names every so many hours."""
     body = {"task": task, "n": n, "every_hours": every_hours}
-    with connect(url, key, data) as remote:
-        show(remote.post(f"{_alias_path(policy, alias)}/schedules", body), as_json=as_json)
+    show(remote.post(f"{_alias_path(policy, alias)}/schedules", body), as_json=as_json)
 
 
 @schedule.command("remove")
+@with_remote
 def remove_schedule(
+    remote: Remote,
     policy: PolicyArgument,
     schedule_id: Annotated[int, typer.Argument(metavar="SCHEDULE_ID")],
     alias: FollowedOption = "latest",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Let nothing start by this schedule any more."""
-    with connect(url, key, data) as remote:
-        remote.send("DELETE", f"{_alias_path(policy, alias)}/schedules/{schedule_id}")
+    remote.send("DELETE", f"{_alias_path(policy, alias)}/schedules/{schedule_id}")
 
 
 def _show_canary(policy: str, alias: Any, *, as_json: bool) -> None:

@@ -13,16 +13,7 @@ import typer
 from openmint.cli.archives import batches, peft_folders
 from openmint.cli.catalog_commands import policy_path, revision_path
 from openmint.cli.output import JsonFlag, console, err_console, fail, progress, show
-from openmint.cli.remote import (
-    DEFAULT_DATA,
-    DEFAULT_URL,
-    DataOption,
-    KeyOption,
-    Remote,
-    UrlOption,
-    check,
-    connect,
-)
+from openmint.cli.remote import Remote, check, with_remote
 from openmint.errors import InvalidRequest, UnsupportedFormat
 from openmint.models.embedded import EMBEDDED_BASE, resolve_base
 
@@ -35,15 +26,14 @@ def register(app: typer.Typer) -> None:
     app.command("export")(export_revision)
 
 
+@with_remote
 def import_adapter(
+    remote: Remote,
     directory: Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="PEFT_FOLDER")],
     policy: Annotated[str, typer.Option("--policy", metavar="TENANT/POLICY", help="Its policy.")],
     base: Annotated[
         str, typer.Option("--base", help="Resident base that it was trained on.")
     ] = EMBEDDED_BASE,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Add a PEFT adapter as a revision of a policy; refused with the list of what doesn't fit."""
@@ -55,13 +45,15 @@ def import_adapter(
         "config": (CONFIG_FILE, config.read_bytes(), "application/json"),
         "weights": (WEIGHTS_FILE, weights.read_bytes(), "application/octet-stream"),
     }
-    with connect(url, key, data) as remote, progress(f"importing {directory.name}"):
+    with progress(f"importing {directory.name}"):
         path = f"{policy_path(policy)}/revisions"
         added = remote.send("POST", path, files=files, data={"base": base})
     show(added, as_json=as_json)
 
 
+@with_remote
 def import_all(
+    remote: Remote,
     source: Annotated[
         Path, typer.Argument(exists=True, metavar="FOLDER_OR_TAR", help="Holds the adapters.")
     ],
@@ -71,9 +63,6 @@ def import_all(
     base: Annotated[
         str, typer.Option("--base", help="Resident base that they were trained on.")
     ] = EMBEDDED_BASE,
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
     as_json: JsonFlag = False,
 ) -> None:
     """Add many PEFT adapters: folders POLICY, or POLICY/NAME for several of one policy.
@@ -82,7 +71,7 @@ def import_all(
     """
     done: list[dict[str, Any]] = []
     params = {"base": base} | ({"tenant": tenant} if tenant else {})
-    with connect(url, key, data) as remote, progress(f"importing {source.name}") as bar:
+    with progress(f"importing {source.name}") as bar:
         for batch in batches(peft_folders(source)):
             done += remote.send(
                 "POST",
@@ -107,7 +96,9 @@ def _show_imports(done: list[dict[str, Any]], *, as_json: bool) -> None:
         fail(f"{len(refused)} of {len(done)} adapters were refused")
 
 
+@with_remote
 def export_revision(
+    remote: Remote,
     revision: Annotated[str, typer.Argument(metavar="TENANT/POLICY[@ALIAS|@sha256:…]")],
     directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
     merged: Annotated[
@@ -116,18 +107,15 @@ def export_revision(
     base: Annotated[
         str, typer.Option("--base", help="Folder of the base for --merged; else as the server's.")
     ] = "",
-    url: UrlOption = DEFAULT_URL,
-    key: KeyOption = "",
-    data: DataOption = DEFAULT_DATA,
 ) -> None:
     """Write a revision as a PEFT folder, or merged into its base as an ordinary model."""
     if directory.exists():
         raise InvalidRequest(f"{directory} exists already; give a folder that doesn't")
-    with connect(url, key, data) as remote, progress(f"exporting {revision}"):
+    with progress(f"exporting {revision}"):
         files = download(remote, revision)
         if merged:
             name = base or remote.get(revision_path(revision))["base_name"]
-            _write_merged(files, resolve_base(name, data), directory)
+            _write_merged(files, resolve_base(name, remote.data), directory)
         else:
             _write_files(files, directory)
     console.print(str(directory))
