@@ -74,12 +74,12 @@ class GroupedExperts:
 
     @staticmethod
     def suits(linears: Sequence[LoraLinear]) -> bool:
-        """Whether grouped products take the weights of these layers."""
+        """Whether grouped products take the weights of these layers, two of each expert."""
         if any(type(each) is not TorchLinear or each.dtype not in DTYPES for each in linears):
             return False
         targets = [(each.dtype.itemsize, target) for each in linears for target in each.targets]
         sizes = {size * width for size, t in targets for width in (t.num_in, t.num_out)}
-        return len(linears) <= MOST_GROUPS and not any(size % ALIGNMENT for size in sizes)
+        return len(linears) <= 2 * MOST_GROUPS and not any(size % ALIGNMENT for size in sizes)
 
     def takes(self, adapters: AdapterBatch | None) -> bool:
         """Whether the adapters of a batch make no more groups than there may be."""
