@@ -24,11 +24,12 @@ from benchmarks.gpu.scale import FULL, TINY, Scale
 SHARES = {
     "kernels": 0.10,
     "graphs": 0.06,
-    "training": 0.15,
-    "decode": 0.15,
-    "adapters": 0.15,
-    "handoff": 0.25,
-    "grpo": 0.20,
+    "training": 0.12,
+    "decode": 0.10,
+    "adapters": 0.12,
+    "mixtures": 0.20,
+    "handoff": 0.20,
+    "grpo": 0.15,
 }
 """Which part of the time each question may take; what one leaves, the next ones may use."""
 

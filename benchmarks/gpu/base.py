@@ -4,36 +4,47 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import DeepseekV3Config, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from benchmarks.gpu.scale import Scale
 from openmint.layers.linear import TorchLinear
 from openmint.models.dense import DenseModel
-from openmint.models.loader import DTYPES
+from openmint.models.loader import DTYPES, FAMILIES
+from openmint.models.meta import MetaTensors
 from openmint.models.weights import Module
 
 SPREAD = 0.02
+CONFIGS: dict[str, Any] = {
+    "Qwen3ForCausalLM": Qwen3Config,
+    "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    "DeepseekV3ForCausalLM": DeepseekV3Config,
+}
 
 
 class RandomWeights:
-    """What `models.weights.Weights` is for a folder: tensors by name, here drawn when asked for."""
+    """What `models.weights.Weights` is for a folder: tensors by name, here drawn when asked for, of
+    a name always the same."""
 
-    def __init__(self, config: Qwen3Config, dtype: torch.dtype, device: str, seed: int) -> None:
-        self._config, self._dtype, self._device = config, dtype, device
-        self._generator = torch.Generator(device).manual_seed(seed)
+    def __init__(
+        self, config: PretrainedConfig, dtype: torch.dtype, device: str, seed: int
+    ) -> None:
+        self._meta = MetaTensors(config, dtype, lambda layer: None)
+        self._dtype, self._device, self._seed = dtype, device, seed
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shape(name)
-        if len(shape) == 1:
+        if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=self._dtype, device=self._device)
+        generator = torch.Generator(self._device).manual_seed(self._seed + crc32(name.encode()))
         made = torch.empty(shape, dtype=self._dtype, device=self._device)
-        return made.normal_(0.0, SPREAD, generator=self._generator)
+        return made.normal_(0.0, SPREAD, generator=generator)
 
     def get(self, name: str) -> Tensor | None:
-        return None if name.endswith(".bias") else self[name]
+        return None if self._meta.get(name) is None else self[name]
 
     def exact(self, name: str) -> Tensor:
         return self[name].float()
@@ -42,31 +53,20 @@ class RandomWeights:
         return self[name][cut]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        config: Any = self._config
-        hidden, inner = config.hidden_size, config.intermediate_size
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        return {
-            "embed_tokens": (config.vocab_size, hidden),
-            "q_proj": (queries, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, queries),
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
-            "q_norm": (config.head_dim,),
-            "k_norm": (config.head_dim,),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-            "norm": (hidden,),
-        }[name.split(".")[-2]]
+        return self._meta.shape(name)
 
 
-def make_model(scale: Scale, seed: int = 0) -> tuple[DenseModel, Qwen3Config]:
-    config = Qwen3Config(**scale.shape)
-    weights: Any = RandomWeights(config, DTYPES[scale.dtype], scale.device, seed)
-    return DenseModel(config, Module(weights, "", serves_int8=False)), config
+def make_weights(scale: Scale, seed: int = 0) -> tuple[RandomWeights, Any]:
+    """The tensors of a base of this shape, and its config."""
+    config = CONFIGS[scale.shape["architectures"][0]](**scale.shape)
+    return RandomWeights(config, DTYPES[scale.dtype], scale.device, seed), config
+
+
+def make_model(scale: Scale, seed: int = 0) -> tuple[Any, Any]:
+    """A base of this shape, and its config."""
+    weights, config = make_weights(scale, seed)
+    family = FAMILIES[scale.shape["architectures"][0]]
+    return family(config, Module(weights, "", serves_int8=False)), config
 
 
 def named_tensors(model: DenseModel) -> dict[str, Tensor]:

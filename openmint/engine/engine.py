@@ -70,8 +70,11 @@ class Engine:
         self._sampler = Sampler(self._replayed(model, config), cache, self._routes, lanes)
 
     def _replayed(self, model: Model, config: WorkerConfig) -> Model:
-        """The model that samples: on GPUs its decode steps are captured and replayed."""
-        if self._shards.ranks.size > 1 or not use_graphs(torch.device(self.base.device)):
+        """The model that samples: on GPUs its decode steps are captured and replayed, where tokens
+        choose nothing. A choice would have to be recorded out of the graph."""
+        if model.route_shape is not None or self._shards.ranks.size > 1:
+            return model
+        if not use_graphs(torch.device(self.base.device)):
             return model
         from openmint.engine.decode_graphs import GraphedModel
 

@@ -152,7 +152,8 @@ class SampleLane:
     def _attention(
         self, chunks: Sequence[Chunk], positions: Sequence[IntArray], cache: KVCache
     ) -> Attention:
-        if use_triton(self._device) and all(len(at_N) == 1 for at_N in positions):
+        is_decode = all(len(at_N) == 1 for at_N in positions)
+        if is_decode and cache.has_values and use_triton(self._device):
             from openmint.layers.decode_attention import DecodeAttention
 
             pages, at_S = [chunk.pages for chunk in chunks], np.concatenate(positions)

@@ -49,9 +49,10 @@ def attend(
     length_S: Tensor,
     window: int,
     scale: float,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention output `[S, H, D]` of each sequence's newest token, which sees the last `window` of
-    its `length` keys, its own among them."""
+    its `length` keys, its own among them. A head's sink takes its share and gives nothing."""
     num_seqs, num_heads, head_dim = q_SHD.shape
     _, page_tokens, num_groups, _ = keys_PTGD.shape
     shared = num_heads // num_groups
@@ -67,6 +68,8 @@ def attend(
         out_SHD,
         window,
         scale,
+        length_S if sinks_H is None else sinks_H,
+        SINKS=sinks_H is not None,
         PAGE=page_tokens,
         SHARED=shared,
         HEADS=max(LEAST, triton.next_power_of_2(shared)),
@@ -118,6 +121,8 @@ def _attend(
     out_SHD,
     window,
     scale,
+    sinks_H,
+    SINKS: tl.constexpr,
     PAGE: tl.constexpr,
     SHARED: tl.constexpr,
     HEADS: tl.constexpr,
@@ -134,6 +139,9 @@ def _attend(
     q = tl.load(q_SHD + seq * q_stride + head, mask=is_value, other=0.0)
     top = tl.full([HEADS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([HEADS], dtype=tl.float32)
+    if SINKS:
+        sink = tl.load(sinks_H + group * SHARED + h, mask=h < SHARED, other=0.0)
+        top, total = sink.to(tl.float32), total + 1.0
     out = tl.zeros([HEADS, COLUMNS], dtype=tl.float32)
     for begin in range(tl.maximum(length - window, 0), length, KEYS):
         key = begin + tl.arange(0, KEYS)

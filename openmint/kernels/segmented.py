@@ -43,21 +43,26 @@ class Segments:
 
 def segments(slot_T: Tensor, num_slots: int) -> Segments:
     """The segments of tokens whose slots these are; -1 is the bare base."""
-    device, num_tokens = slot_T.device, len(slot_T)
-    slots_L = torch.arange(num_slots, device=device)
-    count_L = (slot_T[None, :] == slots_L[:, None]).sum(1)
-    stop_L = (slot_T < 0).sum() + count_L.cumsum(0)
-    first_L = stop_L - count_L
-    blocks_L = (count_L + BLOCK_ROWS - 1) // BLOCK_ROWS
+    slot_T, rows_T = slot_T.sort(stable=True)
+    slots_L = torch.arange(num_slots, device=slot_T.device)
+    first_L = torch.searchsorted(slot_T, slots_L)
+    return segments_between(rows_T, first_L, torch.searchsorted(slot_T, slots_L, right=True))
+
+
+def segments_between(rows_T: Tensor, first_L: Tensor, stop_L: Tensor) -> Segments:
+    """The segments of tokens in this order, of which each slot has those from its first on."""
+    num_tokens, num_slots = len(rows_T), len(first_L)
+    blocks_L = (stop_L - first_L + BLOCK_ROWS - 1) // BLOCK_ROWS
     ends_L = blocks_L.cumsum(0)
-    block_B = torch.arange(min(num_tokens, num_tokens // BLOCK_ROWS + num_slots), device=device)
+    num_blocks = min(num_tokens, num_tokens // BLOCK_ROWS + num_slots)
+    block_B = torch.arange(num_blocks, device=rows_T.device)
     slot_B = torch.searchsorted(ends_L, block_B, right=True).clamp(max=num_slots - 1)
     within_B = block_B - (ends_L - blocks_L)[slot_B]
     first_B = first_L[slot_B] + within_B * BLOCK_ROWS
     stop_B = torch.minimum(first_B + BLOCK_ROWS, stop_L[slot_B])
     stop_B = torch.where(block_B < ends_L[-1], stop_B, first_B)
     return Segments(
-        rows_T=slot_T.argsort(stable=True).int(),
+        rows_T=rows_T.int(),
         blocks_B3=torch.stack((first_B, stop_B, slot_B), dim=1).int(),
         spans_L2=torch.stack((first_L, stop_L), dim=1).int(),
     )

@@ -117,6 +117,17 @@ class AdapterLayout:
             found[stack.name] = a, flat_P[middle:stop].view(*shape, stack.num_out)
         return found
 
+    def side_by_side(self, flat_P: Tensor, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """A and B of targets that follow one another in a stack, as the experts of a layer do,
+        `[targets, rank, width]`; views too."""
+        count, rank, views = len(paths), self.spec.rank, []
+        widths, last = self._widths[paths[0]], self.starts[paths[-1]]
+        for start, end, width in zip(self.starts[paths[0]], last, widths, strict=True):
+            size = count * rank * width
+            assert end + rank * width == start + size, "they follow one another"
+            views.append(flat_P[start : start + size].view(count, rank, width))
+        return views[0], views[1]
+
     def places(self, paths: tuple[str, ...]) -> IntArray:
         """Where A and B of these targets begin, `[2, M]`, -1 where it lacks one; found once."""
         if paths not in self._places:
@@ -230,6 +241,7 @@ class AdapterStack:
     def __init__(self, adapters: Sequence[AdapterWeights]) -> None:
         self.adapters = tuple(adapters)
         self._stacked: dict[tuple[str, ...], StackedTargets] = {}
+        self._experts: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
         self._addresses: dict[tuple[tuple[str, ...], Direction], tuple[IntArray, IntArray]] = {}
         self._all_addresses: dict[tuple[Fused, Direction], tuple[IntArray, IntArray]] = {}
         self._laid_out: set[Direction] = set()
@@ -290,6 +302,44 @@ class AdapterStack:
             bs_RO = tuple(_joined([b_RO for _, b_RO in target]) for target in views)
             self._stacked[paths] = StackedTargets(a_RI, bs_RO)
         return self._stacked[paths]
+
+    def experts(self, paths: Sequence[str], with_base: bool) -> tuple[Tensor, Tensor]:
+        """A and B of one target of all experts of a layer, `[experts * slots, R, width]`; R is the
+        highest rank, rounded up to whole tiles, and what is missing there is zero.
+
+        `with_base`: a slot of zeros stands before the others. Else there is one adapter, and where
+        its rank allows its own memory is given.
+        """
+        key = paths[0], with_base
+        if key not in self._experts:
+            self._experts[key] = self._side_by_side(paths, with_base)
+        return self._experts[key]
+
+    def _side_by_side(self, paths: Sequence[str], with_base: bool) -> tuple[Tensor, Tensor]:
+        rank = max(padded(a.spec.rank) for a in self.adapters if a.has(paths[0]))
+        parts = [
+            a.layout.side_by_side(a.flat_P, paths) if a.has(paths[0]) else None
+            for a in self.adapters
+        ]
+        if not with_base and parts[0] is not None and self.adapters[0].spec.rank == rank:
+            return parts[0]
+        parts = [None, *parts] if with_base else parts
+        made = []
+        for half in range(2):
+            width = next(part[half].shape[2] for part in parts if part is not None)
+            all_ESRW = self.adapters[0].flat_P.new_zeros(len(paths), len(parts), rank, width)
+            for slot, part in enumerate(parts):
+                if part is not None:
+                    all_ESRW[:, slot, : part[half].shape[1]] = part[half]
+            made.append(all_ESRW.flatten(0, 1))
+        return made[0], made[1]
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """Of the bare base, 0, and of each slot."""
+        first = self.adapters[0].flat_P
+        scales = [0.0, *(adapter.spec.scaling for adapter in self.adapters)]
+        return torch.tensor(scales, dtype=first.dtype).to(first.device)
 
     @cached_property
     def table(self) -> AdapterTable:
@@ -359,6 +409,17 @@ class GradientSink:
             a_RI += grad_a_RI[start:stop]
             b_RO += grad_b_RO[start:stop]
 
+    def add_experts(self, paths: Sequence[str], grad_a_GRI: Tensor, grad_b_GRO: Tensor) -> None:
+        """Add the gradients of one target of all experts of a layer, in `AdapterStack.experts`'
+        order."""
+        kinds = len(grad_a_GRI) // len(paths)
+        for slot, adapter in enumerate(self._stack.adapters):
+            if adapter.has(paths[0]):
+                kind = slot + 1 if kinds > 1 else 0
+                halves = adapter.layout.side_by_side(self._grads_SP[slot], paths)
+                for half_ERW, grad_GRW in zip(halves, (grad_a_GRI, grad_b_GRO), strict=True):
+                    half_ERW += grad_GRW[kind::kinds, : adapter.spec.rank]
+
 
 class AdapterBatch:
     """The adapters of one packed batch. Slot -1 marks tokens of the bare base."""
@@ -381,8 +442,14 @@ class AdapterBatch:
         """The update of targets with one input, or None when no adapter of the batch has them."""
         if not self.stack.members(group):
             return None
-        if use_triton(self.slot_T.device) and not self._is_uniform:
+        if use_triton(self.slot_T.device) and not self.is_uniform:
             return self.stack.table.delta(paths, self._segments)
+        return self.stacked_delta(group, paths)
+
+    def stacked_delta(self, group: TargetGroup, paths: tuple[str, ...]) -> LoraDelta | None:
+        """`delta` for a layer that multiplies with A and B itself."""
+        if not self.stack.members(group):
+            return None
         key = (group, len(paths))
         if key not in self._selectors:
             self._selectors[key] = self._select(*key)
@@ -416,7 +483,8 @@ class AdapterBatch:
         return [(slot, rows) for slot, rows in runs if slot >= 0]
 
     @cached_property
-    def _is_uniform(self) -> bool:
+    def is_uniform(self) -> bool:
+        """Whether one adapter serves every token."""
         return len(self.stack.adapters) == 1 and bool((self.slot_T == 0).all())
 
     @cached_property
@@ -429,7 +497,7 @@ class AdapterBatch:
         """Which rows are whose, and their scales, for rows that repeat once per target."""
         members = self.stack.members(group)
         specs = [self.stack.adapters[slot].spec for slot in members]
-        if self._is_uniform:
+        if self.is_uniform:
             return None, specs[0].scaling
         device = self.slot_T.device
         pairs = list(zip(members, specs, strict=True))

@@ -95,7 +95,7 @@ class Sight:
             distance_SLK = self.at_SL[:, :, None] - np.arange(num_keys)
             sees_SLK = torch.from_numpy((distance_SLK >= 0) & (distance_SLK < window))
             mask_SLK = torch.zeros(sees_SLK.shape, dtype=dtype).masked_fill_(~sees_SLK, -torch.inf)
-            self._masks[window] = mask_SLK[:, None].repeat(1, 1, shared, 1).to(self._device)
+            self._masks[window] = mask_SLK[:, None].to(self._device).repeat(1, 1, shared, 1)
         return self._masks[window]
 
 
@@ -333,6 +333,11 @@ class KVCache:
         self.keys = _zeros((*shape, widths[0]), dtype, device)
         self.values = _zeros((*shape, widths[1]), dtype, device)
         self.index_keys = _zeros((index[0], num_pages, page_tokens, 1, index[1]), dtype, device)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether values have a place of their own."""
+        return self.values.shape[-1] > 0
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,4 +1,5 @@
-"""Attention of a step in which every sequence brings its newest token alone; GPUs only.
+"""Attention of a step in which every sequence brings its newest token alone; GPUs only, for keys
+that have values beside them.
 
 Shapes: S sequences, H query heads, G key/value heads, D head size, P pages of a sequence.
 """
@@ -48,7 +49,7 @@ class DecodeAttention:
         return DecodeAttention(cache, place, table, length)
 
     def choose(self, queries: IndexQueries, routes: Routes | None) -> None:
-        raise AssertionError("no kernel of GPUs attends to chosen keys; such a base isn't loaded")
+        raise AssertionError("keys are chosen among latents, and those have no values here")
 
     def attend(self, heads: Heads, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> Tensor:
         keys, values = self.cache.keys[heads.layer], self.cache.values[heads.layer]
@@ -56,5 +57,5 @@ class DecodeAttention:
         window = min(heads.window, 2**31 - 1)
         table, length_S = self.pages_SP, self.length_S
         return paged_decode.attend(
-            q_SHD, keys, values, table, length_S, window, heads.scale
+            q_SHD, keys, values, table, length_S, window, heads.scale, heads.sinks_H
         ).flatten(1)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from openmint.layers.adapters import AdapterBatch
 from openmint.layers.batch import Batch
-from openmint.layers.linear import LoraLinear, TiledLinear
+from openmint.layers.grouped_experts import GroupedExperts
+from openmint.layers.linear import LoraLinear, TiledLinear, TorchLinear
 from openmint.layers.router import Router
 from openmint.layers.swiglu import silu_gate
 from openmint.layers.tiled_experts import TiledExperts
@@ -53,6 +54,18 @@ def tiled_experts(experts: Sequence[GatedFeedForward]) -> TiledExperts | None:
     return TiledExperts(gate_ups, downs)
 
 
+def grouped_experts(
+    experts: Sequence[GatedFeedForward], own: slice, num_experts: int
+) -> GroupedExperts | None:
+    """Them as grouped products compute them, where they can; `own` of all there are."""
+    gate_ups = [each.gate_up for each in experts if isinstance(each.gate_up, TorchLinear)]
+    downs = [each.down for each in experts if isinstance(each.down, TorchLinear)]
+    linears = [linear for each in experts for linear in each.linears]
+    if len(gate_ups) + len(downs) < len(linears) or not GroupedExperts.suits(linears):
+        return None
+    return GroupedExperts(gate_ups, downs, experts[0].activation, own, num_experts)
+
+
 class MixtureOfExperts:
     """Each token's experts, weighed by the router, and one that all tokens share."""
 
@@ -69,6 +82,7 @@ class MixtureOfExperts:
         self.router, self.experts, self.own, self.shared = router, experts, own, shared
         self._place = place
         self._tiled = tiled_experts(experts)
+        self._grouped = grouped_experts(experts, own, router.num_experts)
 
     @property
     def linears(self) -> list[LoraLinear]:
@@ -81,16 +95,18 @@ class MixtureOfExperts:
         if batch.routes is not None:
             expert_TK = batch.routes.experts(self._place, expert_TK)
         weight_TK = self.router.weigh(logits_TE, expert_TK)
-        y_TD = self._routed(x_TD, expert_TK, weight_TK, batch.adapters)
+        if self._grouped is not None and self._grouped.takes(batch.adapters):
+            y_TKD = self._grouped.forward(x_TD, expert_TK, batch.adapters)
+        else:
+            y_TKD = self._routed(x_TD, expert_TK, batch.adapters)
+        # In the order of a token's choices, whoever stands beside it in the batch.
+        y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1).to(x_TD.dtype)
         return y_TD if self.shared is None else y_TD + self.shared.forward(x_TD, batch)
 
-    def _routed(
-        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, adapters: AdapterBatch | None
-    ) -> Tensor:
-        """Rows are put together by expert, so that each expert multiplies once.
+    def _routed(self, x_TD: Tensor, expert_TK: Tensor, adapters: AdapterBatch | None) -> Tensor:
+        """What its experts make of each token, `[T, K, D]`; those of other ranks make zeros.
 
-        A token's outputs are summed in the order of its row of `expert_TK`, whoever stands beside
-        it in the batch. Experts of other ranks give zeros.
+        Rows are put together by expert, so that each expert multiplies once.
         """
         order_N = expert_TK.flatten().argsort(stable=True)
         counts = torch.bincount(expert_TK.flatten(), minlength=self.own.stop).tolist()
@@ -98,9 +114,7 @@ class MixtureOfExperts:
         token_N = order_N[before:upto] // expert_TK.shape[1]
         y_ND = self._of_own(x_TD[token_N], counts[self.own], token_N, adapters)
         y_ND = F.pad(y_ND, (0, 0, before, len(order_N) - upto))
-        y_TKD = y_ND[order_N.argsort()].unflatten(0, expert_TK.shape)
-        y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1)
-        return y_TD.to(x_TD.dtype)
+        return y_ND[order_N.argsort()].view(*expert_TK.shape, -1)
 
     def _of_own(
         self,

@@ -29,7 +29,7 @@ class GatheredLinear(TorchLinear):
         """Of the weights of `parts` only shapes are read. `own_RI` are this rank's rows of all of
         them end to end, as many on each rank; behind the last row they may be anything."""
         LoraLinear.__init__(self, group, parts, Split(None, ranks))
-        self._bias_O = joined_bias(parts)
+        self.bias_O = joined_bias(parts)
         self.own_RI = own_RI
         self.weight_OI = own_RI[:0]
 

@@ -114,8 +114,8 @@ class LatentAttention:
     ) -> Tensor:
         q_HTR = q_THN.transpose(0, 1) @ self._key_HNR
         k_T1R = latent_TR[:, None]
-        delta = adapters.delta(self._up.group, self._up.paths) if adapters else None
-        if isinstance(delta, LoraDelta):
+        delta = adapters.stacked_delta(self._up.group, self._up.paths) if adapters else None
+        if delta is not None:
             b_AHN, b_AHE = self._b_of(delta)
             h_HTA = delta.select(torch.einsum("thn,ahn->hta", q_THN, b_AHN))
             q_HTR = q_HTR + h_HTA @ delta.stacked.a_RI
@@ -124,7 +124,7 @@ class LatentAttention:
         seen_TW = attention.attend(self.heads, q, k, k_T1R)
         seen_HTR = seen_TW.unflatten(1, (self.shape.num_heads, -1)).transpose(0, 1)
         out_HTE = seen_HTR @ self._value_HER.transpose(1, 2)
-        if isinstance(delta, LoraDelta):
+        if delta is not None:
             h_HTA = delta.select(seen_HTR @ delta.stacked.a_RI.t())
             out_HTE = out_HTE + torch.einsum("hta,ahe->hte", h_HTA, b_AHE)
         out_TW: Tensor = out_HTE.transpose(0, 1).flatten(1)

@@ -109,12 +109,12 @@ class TorchLinear(LoraLinear):
         super().__init__(group, parts, split)
         weights = [weight for _, weight, _ in parts]
         self.weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._bias_O = joined_bias(parts)
+        self.bias_O = joined_bias(parts)
 
     def forward(
         self, x_TI: Tensor, adapters: AdapterBatch | None, out_TO: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        y_TO = F.linear(x_TI, self.weight_OI, self._bias_O)
+        y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
         delta = adapters.delta(self.group, self.paths) if adapters else None
         if delta is None:
             return y_TO, None

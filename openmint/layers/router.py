@@ -16,6 +16,9 @@ from torch import Tensor
 
 
 class Router(Protocol):
+    @property
+    def num_experts(self) -> int: ...
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """`[T, E]`."""
         ...
@@ -38,6 +41,10 @@ class SoftmaxRouter:
     sums_to_one: bool
     """Whether the chosen ones' weights are made to."""
 
+    @property
+    def num_experts(self) -> int:
+        return len(self.weight_ED)
+
     def logits(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight_ED)
 
@@ -56,6 +63,10 @@ class TopSoftmaxRouter:
     weight_ED: Tensor
     bias_E: Tensor
     num_chosen: int
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.weight_ED)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight_ED, self.bias_E)
@@ -81,6 +92,10 @@ class SigmoidRouter:
     num_chosen_groups: int
     sums_to_one: bool
     scale: float
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.weight_ED)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD.float(), self.weight_ED)

@@ -6,7 +6,7 @@ Shapes: T tokens, I in, O out, L slots, K targets with one input, R rank, M targ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,8 @@ class SegmentedDelta:
     b: Matrices
     scale_L: Tensor
     by: Segments
+    slot_L: Tensor | None = None
+    """Whose matrices these are, where an adapter has several; None: each slot has one."""
 
     def add_(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """Add to the base's output; the adapters' `h_TKR`, which the backward pass wants again."""
@@ -53,8 +55,9 @@ class SegmentedDelta:
         grad_h_TKR = segmented.shrink(grad_y_TO, self.by, self.b, self.scale_L)
         segmented.expand_(grad_x_TI, grad_h_TKR, self.by, self.a)
         if sink is not None:
-            segmented.accumulate_(sink.addresses, grad_h_TKR, _rows(x_TI), self.by, self.a)
-            segmented.accumulate_(sink.addresses, h_TKR, grad_y_TO, self.by, self.b)
+            sink_L = sink.addresses if self.slot_L is None else sink.addresses[self.slot_L]
+            segmented.accumulate_(sink_L, grad_h_TKR, _rows(x_TI), self.by, self.a)
+            segmented.accumulate_(sink_L, h_TKR, grad_y_TO, self.by, self.b)
 
 
 def _rows(x_TC: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ def _rows(x_TC: Tensor) -> Tensor:
 class AdapterTable:
     """Where the matrices of some adapters lie on the device, slot by slot.
 
-    `fill` writes into the same memory each time, so that a CUDA graph finds other adapters there.
+    `fill` writes into the same memory each time, so that a CUDA graph finds other adapters there,
+    if targets with one input follow one another.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class AdapterTable:
         self._rank_GL = torch.zeros(len(GROUPS), num_slots, dtype=torch.int32, device=device)
         self._offset_2LM = torch.zeros(2, *shape, dtype=torch.int64, device=device)
         self._matrices: dict[tuple[str, ...], tuple[Matrices, Matrices]] = {}
+        self._expert_deltas: dict[str, SegmentedDelta] = {}
         self.rank = LEAST_RANK
         widths = [width for target in self._targets for width in (target.num_in, target.num_out)]
         self._is_aligned = not any(width % 16 for width in widths)
@@ -113,6 +118,7 @@ class AdapterTable:
         self._offset_2LM.copy_(torch.from_numpy(offsets_2LM))
         self.rank = rank_block(adapters)
         self._matrices.clear()
+        self._expert_deltas.clear()
 
     def _offsets(self, adapter: AdapterWeights) -> IntArray:
         """Where A and B of each target begin in a flat vector of this layout, `[2, M]`."""
@@ -128,26 +134,58 @@ class AdapterTable:
         a, b = self._matrices[paths]
         return SegmentedDelta(a, b, self._scale_L, by)
 
+    def expert_delta(self, paths_ME: Sequence[Sequence[str]], by: Segments) -> SegmentedDelta:
+        """The update of these targets of all experts of a layer; the slots of `by` are those of the
+        first expert, then those of the second, and so on."""
+        key, count = paths_ME[0][0], len(paths_ME[0])
+        if key not in self._expert_deltas:
+            slot_L = torch.arange(self.num_slots, device=self._address_L.device).repeat(count)
+            columns = [
+                [self._column[path] for path in paths] for paths in zip(*paths_ME, strict=True)
+            ]
+            offset_2LEK = self._offset_2LM[:, :, torch.tensor(columns).to(slot_L.device)]
+            offset_2LK = offset_2LEK.transpose(1, 2).flatten(1, 2)
+            pair = self._find(tuple(paths[0] for paths in paths_ME))
+            a, b = (
+                replace(
+                    one,
+                    address_L=one.address_L[slot_L],
+                    offset_LK=offset_2LK[which],
+                    rank_L=one.rank_L[slot_L],
+                )
+                for which, one in enumerate(pair)
+            )
+            self._expert_deltas[key] = SegmentedDelta(a, b, self._scale_L[slot_L], by, slot_L)
+        return replace(self._expert_deltas[key], by=by)
+
     def _find(self, paths: tuple[str, ...]) -> tuple[Matrices, Matrices]:
-        first = self._column[paths[0]]
-        columns = slice(first, first + len(paths))
-        targets = self._targets[columns]
-        assert tuple(target.path for target in targets) == paths, "they follow one another"
+        targets = [self._targets[self._column[path]] for path in paths]
         widths = [target.num_out for target in targets]
         starts = [sum(widths[:k]) for k in range(len(widths))]
         inputs = [target.num_in for target in targets]
-        a = self._place(columns, 0, [0] * len(paths), inputs)
-        return a, self._place(columns, 1, starts, widths)
+        a = self._place(targets, 0, [0] * len(paths), inputs)
+        return a, self._place(targets, 1, starts, widths)
+
+    def _offsets_of(self, targets: Sequence[TargetModule], which: int) -> Tensor:
+        """Of A or of B, `[L, K]`; a view where they follow one another."""
+        columns = [self._column[target.path] for target in targets]
+        if columns == list(range(columns[0], columns[0] + len(columns))):
+            return self._offset_2LM[which, :, columns[0] : columns[-1] + 1]
+        return self._offset_2LM[which][:, torch.tensor(columns).to(self._address_L.device)]
 
     def _place(
-        self, columns: slice, which: int, starts: Sequence[int], widths: Sequence[int]
+        self,
+        targets: Sequence[TargetModule],
+        which: int,
+        starts: Sequence[int],
+        widths: Sequence[int],
     ) -> Matrices:
         device = self._address_L.device
-        group = GROUPS.index(self._targets[columns.start].group)
+        group = GROUPS.index(targets[0].group)
         starts_K2, tiles_N4 = segmented.layout_of(tuple(starts), tuple(widths), device)
         return Matrices(
             self._address_L,
-            self._offset_2LM[which, :, columns],
+            self._offsets_of(targets, which),
             self._rank_GL[group],
             starts_K2,
             tiles_N4,

@@ -35,12 +35,17 @@ class IndexQueries:
     """Of the index heads' scores."""
 
 
+def parts_of(count: int) -> list[slice]:
+    """All queries, so many at once."""
+    return [slice(start, start + QUERIES) for start in range(0, count, QUERIES)]
+
+
 def choose(q_SLID: Tensor, k_SKD: Tensor, weight_SLI: Tensor, at_SL: Tensor, count: int) -> Tensor:
     """Positions of the keys with the highest `sum_i weight_i * relu(q_i . k)` among those up to the
     query's own, ascending and then NONE, int64 `[S, L, C]`."""
     num_keys = k_SKD.shape[1]
     parts = []
-    for rows in torch.arange(q_SLID.shape[1]).split(QUERIES):
+    for rows in parts_of(q_SLID.shape[1]):
         q, weight, at = q_SLID[:, rows].float(), weight_SLI[:, rows].float(), at_SL[:, rows]
         score_SLIK = torch.einsum("slid,skd->slik", q, k_SKD.float()).relu_()
         score_SLK = torch.einsum("slik,sli->slk", score_SLIK, weight)
@@ -72,7 +77,7 @@ class ChosenPacked(torch.autograd.Function):
         ctx.save_for_backward(q_THD, k_THD, v_THE, row_TC)
         ctx.scale = scale
         outputs = []
-        for part in torch.arange(len(q_THD)).split(QUERIES):
+        for part in parts_of(len(q_THD)):
             probs_THC = _probs(q_THD[part], k_THD, row_TC[part], scale)
             v_TCHE = v_THE[row_TC[part].clamp(min=0)]
             outputs.append(torch.einsum("thc,tche->the", probs_THC, v_TCHE))
@@ -83,7 +88,7 @@ class ChosenPacked(torch.autograd.Function):
         q_THD, k_THD, v_THE, row_TC = ctx.saved_tensors
         grad_k, grad_v = torch.zeros_like(k_THD), torch.zeros_like(v_THE)
         grad_qs = []
-        for part in torch.arange(len(q_THD)).split(QUERIES):
+        for part in parts_of(len(q_THD)):
             rows_N = row_TC[part].clamp(min=0)
             q, k_TCHD, v_TCHE, grad_THE = q_THD[part], k_THD[rows_N], v_THE[rows_N], grads[0][part]
             probs_THC = _probs(q, k_THD, row_TC[part], ctx.scale)

@@ -83,11 +83,6 @@ def load_model(
         raise InvalidRequest(
             f"worker.serving_weights {given!r} is not supported; supported: {known}"
         )
-    if device.type != "cpu" and not runs_on_gpus(architecture):
-        raise InvalidRequest(
-            f"architecture {architecture!r} runs on CPUs only so far: its kernels for GPUs are not "
-            "written; start the worker with worker.device = cpu"
-        )
     weights = Weights(directory, DTYPES[config.dtype], device)
     module = Module(weights, "", config.serving_weights == "int8", division)
     model = FAMILIES[architecture](hf_config, module)
@@ -122,11 +117,6 @@ def read_config(path: Path) -> PretrainedConfig:
 
 def architecture_of(config: PretrainedConfig) -> str:
     return (config.architectures or ["unknown"])[0]
-
-
-def runs_on_gpus(architecture: str) -> bool:
-    """Whether its kernels for GPUs are written."""
-    return architecture in dense.ARCHITECTURES
 
 
 def quantization_of(config: PretrainedConfig) -> str | None:

@@ -22,7 +22,6 @@ from openmint.models.loader import (
     describe,
     quantization_of,
     read_config,
-    runs_on_gpus,
 )
 from openmint.models.meta import Read, meta_model, shapes_of
 from openmint.models.mixture import usual_name
@@ -278,8 +277,6 @@ def _notes(config: PretrainedConfig) -> tuple[str, ...]:
     notes = []
     if method := quantization_of(config):
         notes.append(f"the checkpoint is quantized ({method}), which is not read; convert it first")
-    if not runs_on_gpus(architecture_of(config)):
-        notes.append("kernels for GPUs of this architecture are not written yet")
     return tuple(notes)
 
 

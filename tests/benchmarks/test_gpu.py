@@ -20,6 +20,12 @@ TABLES = {
     "training": {"this device", "training"},
     "decode": {"decode"},
     "adapters": {"adapters"},
+    "mixtures": {
+        "experts, training",
+        "experts, decode",
+        "experts, one adapter",
+        "latents, decode",
+    },
     "handoff": {
         "arms",
         "four definitions",
@@ -52,6 +58,8 @@ def test_one_call_answers_every_question_at_tiny_size(tmp_path: Path) -> None:
     assert [row["policies"] for row in equal] == list(TINY.grpo.policies)
     assert all(row["loss, largest relative gap"] < 1e-4 for row in equal)
     assert all(row["weights, largest relative gap"] < 1e-4 for row in equal)
+    latents = [row for row in answers["mixtures"]["rows"] if row["table"].startswith("latents")]
+    assert all(row["largest gap"] < 1e-4 for row in latents)
     parity = [row for row in answers["handoff"]["rows"] if row["table"].startswith("parity")]
     assert all(row["largest gap"] < 1e-4 for row in parity)
     assert "four definitions" in path.with_suffix(".md").read_text()

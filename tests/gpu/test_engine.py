@@ -24,6 +24,8 @@ SPECS = {
     "r20": LoraSpec(20, train_attn=False),
 }
 LENGTHS = (7, 12, 5)
+FAMILIES = ["qwen3", "qwen3-moe", "gpt-oss", "deepseek-v3", "glm-5"]
+"""Each with something that the others lack: experts, sinks and biases, latents, chosen keys."""
 
 
 def bench_of(directory: Path, store: Path, device: Device, **config: Any) -> Workbench:
@@ -37,7 +39,9 @@ def submit_mixed(bench: Workbench) -> tuple[list[int], list[Digest | None]]:
     ]
     asked = [*revisions, None, revisions[0]]
     works = [
-        bench.submit(SampleWork(Tenant("t"), revision, prompt_of(5 + i, i), Params(4, seed=3)))
+        bench.submit(
+            SampleWork(Tenant("t"), revision, prompt_of(5 + i, i), Params(4, seed=3), routes=True)
+        )
         for i, revision in enumerate(asked)
     ]
     return works, asked
@@ -47,7 +51,7 @@ def relative(ours: Any, theirs: Any) -> float:
     return float((ours.cpu() - theirs.cpu()).norm() / theirs.cpu().norm())
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("family", [*FAMILIES, "llama", "mistral", "minimax-m2", "glm4-moe"])
 def test_the_bases_logprobs_are_those_of_transformers(
     family: str, device: Device, tmp_path: Path
 ) -> None:
@@ -65,8 +69,11 @@ def test_the_bases_logprobs_are_those_of_transformers(
     np.testing.assert_allclose(ours, expected, atol=device.tolerance)
 
 
-def test_mixed_adapters_sample_what_the_cpu_samples(device: Device, tmp_path: Path) -> None:
-    directory = random_model("qwen3", tmp_path / "base")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_adapters_sample_what_the_cpu_samples(
+    family: str, device: Device, tmp_path: Path
+) -> None:
+    directory = random_model(family, tmp_path / "base")
     with device.active():
         bench = bench_of(directory, tmp_path / "device", device)
         works, asked = submit_mixed(bench)
@@ -80,6 +87,7 @@ def test_mixed_adapters_sample_what_the_cpu_samples(device: Device, tmp_path: Pa
         one, other = ours.sequences[0], expected.sequences[0]
         np.testing.assert_array_equal(one.tokens_N, other.tokens_N)
         np.testing.assert_allclose(one.logprobs_N, other.logprobs_N, atol=device.tolerance)
+        assert one.routes == other.routes
 
 
 @contextmanager
@@ -109,10 +117,11 @@ def test_decoded_logprobs_equal_those_of_one_forward_and_of_the_trainer(
     np.testing.assert_allclose(drawn.logprobs_N, own, atol=device.tolerance)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_step_gives_each_policy_the_cpus_solo_gradient(
-    device: Device, tmp_path: Path
+    family: str, device: Device, tmp_path: Path
 ) -> None:
-    directory = random_model("qwen3", tmp_path / "base")
+    directory = random_model(family, tmp_path / "base")
     with device.active():
         mixed = bench_of(directory, tmp_path / "device", device)
         for i, (name, spec) in enumerate(SPECS.items()):
@@ -170,6 +179,19 @@ def test_padded_decode_steps_give_what_plain_ones_give(
     for plain, padded in zip(*found, strict=True):
         np.testing.assert_array_equal(plain.tokens_N, padded.tokens_N)
         np.testing.assert_allclose(plain.logprobs_N, padded.logprobs_N, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_a_base_whose_tokens_choose_nothing_is_captured(
+    family: str, triton_device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph would record no choices."""
+    monkeypatch.setattr(engine_module, "use_graphs", lambda device: True)
+    bench = bench_of(random_model(family, tmp_path / "base"), tmp_path, triton_device)
+    result = bench.do(SampleWork(Tenant("t"), None, prompt_of(11), Params(3), routes=True))
+    assert bool(result.sequences[0].routes) == (family != "qwen3")
+    (lane,) = bench.engine._sampler._parts
+    assert (lane._model is bench.model) == (family != "qwen3")
 
 
 @pytest.mark.gpu

@@ -113,9 +113,11 @@ def test_an_adapter_that_overflows_stays_alone(triton_device: Device) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("num_heads", "num_groups", "head_dim"), [(4, 2, 8), (9, 3, 64)])
 def test_decoding_over_pages_equals_attention_over_gathered_keys(
     window: int | None,
+    with_sinks: bool,
     num_heads: int,
     num_groups: int,
     head_dim: int,
@@ -142,7 +144,8 @@ def test_decoding_over_pages_equals_attention_over_gathered_keys(
             for heads in (num_heads, num_groups, num_groups)
         )
         v[1, 0, 0] = float("nan")
-        heads = Heads(0, head_dim**-0.5, NO_WINDOW if window is None else window)
+        sinks_H = torch.randn(num_heads, generator=draw).to(device, dtype) if with_sinks else None
+        heads = Heads(0, head_dim**-0.5, NO_WINDOW if window is None else window, sinks_H)
         ours = DecodeAttention.of(found[0], pages, at_S).attend(heads, q, k, v)
         theirs = gathered(found[1], pages, at_S).attend(heads, q, k, v)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance(dtype))
