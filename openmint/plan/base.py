@@ -20,13 +20,13 @@ from openmint.models.loader import (
     FAMILIES,
     architecture_of,
     describe,
-    quantization_of,
     read_config,
     runs_on_gpus,
 )
 from openmint.models.meta import Read, meta_model, shapes_of
 from openmint.models.mixture import usual_name
 from openmint.models.model import CacheShape, RouteShape
+from openmint.models.quantized import METHODS, quantization_of, remedy
 from openmint.plan.placement import Placement, Widths, cuts_of
 from openmint.types import EXPERT, LAYER, BaseInfo, Digest, LoraSpec, TargetStack
 
@@ -220,7 +220,7 @@ def planned_base(path: Path, dtype: str, note: Callable[[int, int], None]) -> Pl
         num_mixtures=num_mixtures,
         hidden_size=config.hidden_size,
         widths=_widths(config, kinds, model.cache_shape, num_experts),
-        notes=_notes(config),
+        notes=_notes(config, dtype),
     )
 
 
@@ -267,13 +267,19 @@ def _divides_by_heads(kinds: Sequence[Kind]) -> bool:
     return not (q is not None and "self_attn.kv_a_proj_with_mqa.weight" in shapes)
 
 
-def _notes(config: PretrainedConfig) -> tuple[str, ...]:
+def _notes(config: PretrainedConfig, dtype: str) -> tuple[str, ...]:
     notes = []
     if method := quantization_of(config):
-        notes.append(f"the checkpoint is quantized ({method}), which is not read; convert it first")
+        notes.append(_quantized_note(method, dtype))
     if not runs_on_gpus(architecture_of(config)):
         notes.append("kernels for GPUs of this architecture are not written yet")
     return tuple(notes)
+
+
+def _quantized_note(method: str, dtype: str) -> str:
+    if method in METHODS:
+        return f"the checkpoint's weights are quantized by {method}; they are held in {dtype}"
+    return f"the checkpoint is quantized by {method!r}, which is not read; {remedy()}"
 
 
 def _unsupported(architecture: str, config: PretrainedConfig) -> InvalidRequest:
