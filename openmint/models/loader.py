@@ -16,6 +16,7 @@ from openmint.errors import InvalidRequest
 from openmint.layers.ranks import ALONE, UNDIVIDED, Division, meet
 from openmint.models import deepseek, dense, gpt_oss, mixture
 from openmint.models.model import Model
+from openmint.models.quantized import dequantized
 from openmint.models.weights import Module, Weights
 from openmint.types import BaseInfo, Digest, stacks_of
 
@@ -34,8 +35,6 @@ PUBLISHED_AS = {"kimi_k2": "deepseek_v3"}
 """Model types whose config.json asks for code of its own, and those that they are in truth."""
 SERVING_WEIGHTS = ("same", "int8")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-DEQUANTIZED_BY = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-"""Quantizations that `transformers` undoes as it loads, and its settings for them."""
 
 
 def divide(config: WorkerConfig, rank: int, meeting: Path, first_device: int) -> Division:
@@ -72,18 +71,13 @@ def load_model(
     if architecture not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise InvalidRequest(f"architecture {architecture!r} is not supported; supported: {known}")
-    if method := quantization_of(hf_config):
-        raise InvalidRequest(
-            f"{directory} holds weights quantized by {method!r}, which are not read; "
-            + _remedy(directory, method)
-        )
     device = torch.device(config.device)
     if config.serving_weights not in SERVING_WEIGHTS:
         known, given = ", ".join(SERVING_WEIGHTS), config.serving_weights
         raise InvalidRequest(
             f"worker.serving_weights {given!r} is not supported; supported: {known}"
         )
-    weights = Weights(directory, DTYPES[config.dtype], device)
+    weights = dequantized(Weights(directory, DTYPES[config.dtype], device), hf_config)
     module = Module(weights, "", config.serving_weights == "int8", division)
     model = FAMILIES[architecture](hf_config, module)
     info = describe(model, hf_config, config, name=name, digest=digest, directory=str(directory))
@@ -117,22 +111,6 @@ def read_config(path: Path) -> PretrainedConfig:
 
 def architecture_of(config: PretrainedConfig) -> str:
     return (config.architectures or ["unknown"])[0]
-
-
-def quantization_of(config: PretrainedConfig) -> str | None:
-    """How the checkpoint of this config is quantized; None: it isn't."""
-    found = getattr(config, "quantization_config", None)
-    return str(found.get("quant_method", "unknown")) if found else None
-
-
-def _remedy(directory: Path, method: str) -> str:
-    if method not in DEQUANTIZED_BY:
-        return "use a checkpoint in bfloat16"
-    return (
-        "use a checkpoint in bfloat16, or make one with "
-        f"`AutoModelForCausalLM.from_pretrained({str(directory)!r}, "
-        f"quantization_config={DEQUANTIZED_BY[method]}(dequantize=True)).save_pretrained(FOLDER)`"
-    )
 
 
 def describe(

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from openmint.errors import InvalidRequest
 from openmint.models.embedded import copy_tokenizer
+from openmint.models.loader import architecture_of, read_config
+from openmint.models.quantized import dequantized, quantization_of
+from openmint.models.weights import Weights
 
 PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])")
@@ -30,16 +34,12 @@ def merge_into_folder(
 
     `adapter` has the names of a PEFT file, in either layout of experts. Sums are made in fp32 and
     rounded once. A tied output layer that the adapter changes is untied first, so that the
-    embedding stays as it was.
+    embedding stays as it was. What is quantized is dequantized first, and stays so.
     Raises InvalidRequest when `target` holds files already or a tensor fits no module of the base.
     """
-    from transformers import AutoModelForCausalLM
-
     if target.exists() and any(target.iterdir()):
         raise InvalidRequest(f"{target} is not empty; give a folder that doesn't exist yet")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, local_files_only=True
-    )
+    model = _in_float32(base)
     paths = module_paths(adapter)
     if "lm_head" in paths and model.config.tie_word_embeddings:
         _untie(model)
@@ -55,6 +55,26 @@ def merge_into_folder(
         parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(target)
     copy_tokenizer(base, target)
+
+
+def _in_float32(base: Path) -> Any:
+    """The base's model in `transformers`, dequantized."""
+    config = read_config(base)
+    if quantization_of(config) is None:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, local_files_only=True
+        )
+    tensors = dequantized(Weights(base, torch.float32, torch.device("cpu")), config)
+    del config.quantization_config
+    model: Any = getattr(transformers, architecture_of(config)).from_pretrained(
+        None,
+        config=config,
+        state_dict={name: tensors[name] for name in tensors.names},
+        dtype=torch.float32,
+    )
+    if (base / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(base)
+    return model
 
 
 def module_paths(adapter: Mapping[str, Tensor]) -> list[str]:

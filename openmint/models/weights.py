@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from openmint.layers.ranks import UNDIVIDED, WHOLE, Division, Ranks, Split
 from openmint.types import TargetGroup
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Numbers that are weights as they are."""
 
 
 class Weights:
@@ -27,43 +29,68 @@ class Weights:
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Raises InvalidRequest when the folder holds no safetensors."""
-        self._dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, device
         self._files = {name: directory / file for name, file in _index(directory).items()}
         self._handles = {
             path: safe_open(path, framework="pt") for path in set(self._files.values())
         }
 
+    @property
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
     def __getitem__(self, name: str) -> Tensor:
-        if (tensor := self.get(name)) is None:
-            raise InvalidRequest(f"the checkpoint lacks tensor {name!r}")
-        return tensor
+        return self._kept(name)
 
     def get(self, name: str) -> Tensor | None:
         """The tensor, or None when the checkpoint has none of that name (an optional bias)."""
-        if name not in self._files:
-            return None
-        return self._kept(self._handles[self._files[name]].get_tensor(name))
+        return self._kept(name) if name in self else None
 
     def exact(self, name: str) -> Tensor:
         """The tensor in float32, whatever the compute precision."""
-        if name not in self._files:
-            raise InvalidRequest(f"the checkpoint lacks tensor {name!r}")
-        tensor: Tensor = self._handles[self._files[name]].get_tensor(name)
-        return tensor.to(self._device, torch.float32, copy=True)
+        return self._kept(name, dtype=torch.float32)
 
     def part(self, name: str, cut: tuple[slice, ...]) -> Tensor:
         """Some rows, or columns, of the tensor; no others are read."""
-        if name not in self._files:
-            raise InvalidRequest(f"the checkpoint lacks tensor {name!r}")
-        return self._kept(self._handles[self._files[name]].get_slice(name)[cut])
+        return self._kept(name, cut)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor."""
-        return tuple(self._handles[self._files[name]].get_slice(name).get_shape())
+        return tuple(self._handle(name).get_slice(name).get_shape())
 
-    def _kept(self, tensor: Tensor) -> Tensor:
+    def kind(self, name: str) -> str:
+        """What its numbers are, as safetensors calls it."""
+        return str(self._handle(name).get_slice(name).get_dtype())
+
+    def stored(self, name: str, cut: tuple[slice, ...] = ()) -> Tensor:
+        """All of the tensor or a part, as the file has it."""
+        return self._mapped(name, cut).to(self.device)
+
+    def _kept(
+        self, name: str, cut: tuple[slice, ...] = (), dtype: torch.dtype | None = None
+    ) -> Tensor:
+        tensor = self._mapped(name, cut)
+        if tensor.dtype not in PLAIN:
+            raise InvalidRequest(
+                f"tensor {name!r} holds {self.kind(name)}, and config.json doesn't say how it is "
+                "quantized; use the config.json that it was published with"
+            )
         # A copy always: else every page of the mapped file that was read stays in memory too.
-        return tensor.to(self._device, self._dtype, copy=True)
+        return tensor.to(self.device, dtype or self.dtype, copy=True)
+
+    def _mapped(self, name: str, cut: tuple[slice, ...]) -> Tensor:
+        handle = self._handle(name)
+        tensor: Tensor = handle.get_slice(name)[cut] if cut else handle.get_tensor(name)
+        return tensor
+
+    def _handle(self, name: str) -> Any:
+        """The open file that has the tensor."""
+        if name not in self:
+            raise InvalidRequest(f"the checkpoint lacks tensor {name!r}")
+        return self._handles[self._files[name]]
 
 
 class Tensors(Protocol):

@@ -20,12 +20,12 @@ from openmint.models.loader import (
     FAMILIES,
     architecture_of,
     describe,
-    quantization_of,
     read_config,
 )
 from openmint.models.meta import Read, meta_model, shapes_of
 from openmint.models.mixture import usual_name
 from openmint.models.model import CacheShape, RouteShape
+from openmint.models.quantized import METHODS, quantization_of, remedy
 from openmint.plan.placement import Placement, Widths, cuts_of
 from openmint.types import EXPERT, LAYER, BaseInfo, Digest, LoraSpec, TargetStack
 
@@ -226,7 +226,7 @@ def planned_base(path: Path, dtype: str, note: Callable[[int, int], None]) -> Pl
         num_mixtures=num_mixtures,
         hidden_size=config.hidden_size,
         widths=_widths(config, kinds, model.cache_shape, num_experts),
-        notes=_notes(config),
+        notes=_notes(config, dtype),
     )
 
 
@@ -273,11 +273,13 @@ def _divides_by_heads(kinds: Sequence[Kind]) -> bool:
     return not (q is not None and "self_attn.kv_a_proj_with_mqa.weight" in shapes)
 
 
-def _notes(config: PretrainedConfig) -> tuple[str, ...]:
-    notes = []
-    if method := quantization_of(config):
-        notes.append(f"the checkpoint is quantized ({method}), which is not read; convert it first")
-    return tuple(notes)
+def _notes(config: PretrainedConfig, dtype: str) -> tuple[str, ...]:
+    method = quantization_of(config)
+    if method is None:
+        return ()
+    if method in METHODS:
+        return (f"the checkpoint's weights are quantized by {method}; they are held in {dtype}",)
+    return (f"the checkpoint is quantized by {method!r}, which is not read; {remedy()}",)
 
 
 def _unsupported(architecture: str, config: PretrainedConfig) -> InvalidRequest:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from openmint.errors import InvalidRequest
 from openmint.layers.attention import PackedAttention
 from openmint.layers.batch import Batch
 from openmint.scheduler.work import SampleWork
 from openmint.types import LoraSpec, RunId, SamplingParams, Tenant
 from tests.adapted import AdaptedReference
 from tests.workbench import (
-    ALL_FAMILIES,
     MIXTURES,
     Workbench,
     datum,
@@ -147,49 +142,3 @@ def test_targets_are_the_linears_and_experts_of_the_family(folder: Path, tmp_pat
     bench = Workbench(folder, tmp_path)
     ours = {t.path: (t.num_in, t.num_out) for stack in bench.base.stacks for t in stack.targets}
     assert ours == linears
-
-
-@pytest.mark.parametrize(
-    ("family", "method", "remedy"),
-    [
-        ("gpt-oss", "mxfp4", r"quantization_config=Mxfp4Config\(dequantize=True\)"),
-        ("deepseek-v3", "fp8", r"quantization_config=FineGrainedFP8Config\(dequantize=True\)"),
-        ("qwen3-moe", "gptq", "use a checkpoint in bfloat16"),
-    ],
-)
-def test_quantized_checkpoints_are_refused_by_their_method_with_the_remedy(
-    family: str, method: str, remedy: str, tmp_path: Path
-) -> None:
-    config_file = random_model(family, tmp_path) / "config.json"
-    config = json.loads(config_file.read_text())
-    config["quantization_config"] = {"quant_method": method, "modules_to_not_convert": []}
-    config_file.write_text(json.dumps(config))
-    with pytest.raises(InvalidRequest, match=f"quantized by '{method}', .*{remedy}"):
-        Workbench(tmp_path, tmp_path / "store")
-
-
-def test_the_remedy_for_gpt_oss_as_it_is_published_makes_a_folder_that_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MXFP4: for every 32 numbers 16 bytes and a common exponent."""
-    name, extra = ALL_FAMILIES["gpt-oss"]
-    monkeypatch.setitem(ALL_FAMILIES, "gpt-oss", (name, {**extra, "intermediate_size": 64}))
-    folder = random_model("gpt-oss", tmp_path / "published")
-    tensors = load_file(folder / "model.safetensors")
-    for stack in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        count, num_in, num_out = tensors.pop(stack).shape
-        shape = count, num_out, num_in // 32
-        tensors[f"{stack}_blocks"] = torch.full((*shape, 16), 0x2A, dtype=torch.uint8)
-        tensors[f"{stack}_scales"] = torch.full(shape, 125, dtype=torch.uint8)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InvalidRequest, match="quantized by 'mxfp4'"):
-        Workbench(folder, tmp_path / "store")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=Mxfp4Config(dequantize=True)
-    )
-    model.save_pretrained(tmp_path / "plain")
-    bench = Workbench(tmp_path / "plain", tmp_path / "store")
-    assert len(bench.sample(prompt_of(5), max_tokens=3).sequences[0].tokens_N) == 3

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openmint.errors import InvalidRequest
 from openmint.models.merge import PREFIX, merge_into_folder
+from openmint.models.weights import SINGLE
 from openmint.scheduler.work import ExportRun
 from openmint.store.expert_files import Experts
 from openmint.store.peft_file import to_peft
 from openmint.types import LoraSpec, RunId, Tenant
 from tests.adapted import AdaptedReference
+from tests.quantized import published
 from tests.workbench import MIXTURES, Workbench, prompt_of, random_model, reference
 
 TARGETS = ["q_proj", "o_proj", "down_proj", "lm_head"]
@@ -117,6 +119,28 @@ def test_experts_are_merged_from_either_layout(
     assert all(torch.equal(before[name], after[name]) for name in biases)
     served = Workbench(tmp_path / "merged", tmp_path / "merged-store")
     assert served.base.stacks == bench.base.stacks
+
+
+@pytest.mark.parametrize("family", ["qwen3", "minimax-m2", "deepseek-v3", "gpt-oss"])
+def test_a_quantized_base_is_merged_as_the_dequantized_one_is(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plain = published(family, tmp_path, monkeypatch)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    bench = Workbench(plain, tmp_path / "store")
+    run_id = bench.trained("r", LoraSpec(2, alpha=2.0), 0)
+    coarsen(bench, run_id)
+    saved = bench.do(ExportRun(run_id, Tenant("t"), keep_resident=False))
+    files = to_peft(bench.blobs.get(saved.digest), bench.base, "fused")
+    adapter = load(files["adapter_model.safetensors"])
+    for base, target in ((folder, "merged"), (plain, "expected")):
+        merge_into_folder(base, adapter, 1.0, tmp_path / target)
+    ours, theirs = (load_file(tmp_path / each / SINGLE) for each in ("merged", "expected"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    served = Workbench(tmp_path / "merged", tmp_path / "merged-store")
+    assert served.base.stacks == bench.base.stacks
+    assert served.base.eos_token_ids == (2, 7)
 
 
 def test_tensors_that_fit_no_module_are_refused(

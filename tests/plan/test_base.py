@@ -13,17 +13,17 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from openmint.config import WorkerConfig
 from openmint.engine.route_record import RouteCache
 from openmint.errors import InvalidRequest
 from openmint.layers import linear
-from openmint.models.loader import architecture_of, load_model, read_config
+from openmint.models.loader import architecture_of, read_config
 from openmint.models.meta import meta_model
 from openmint.plan.base import PlannedBase, planned_base
 from openmint.plan.placement import Placement, Widths, cuts_of, placements
 from openmint.plan.plan import Room
-from openmint.types import Digest, LoraSpec
+from openmint.types import LoraSpec
 from tests.held import division_of, measured
+from tests.quantized import configure, published
 from tests.workbench import ALL_FAMILIES, random_model
 
 ONE = Placement(1, 1)
@@ -203,13 +203,31 @@ def test_kimi_k2_is_read_as_what_it_is(tmp_path: Path) -> None:
     before = planned(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration.Config"}}
-    config |= {"quantization_config": {"quant_method": "fp8"}}
     (folder / "config.json").write_text(json.dumps(config))
-    after = planned(folder)
-    assert after.kinds == before.kinds
-    assert "fp8" in after.notes[0]
-    with pytest.raises(InvalidRequest, match="quantized"):
-        load_model("kimi", folder, Digest("sha256:" + "0" * 64), WorkerConfig(dtype="float32"))
+    assert planned(folder).kinds == before.kinds
+
+
+@pytest.mark.usefixtures("without_tiles")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss"])
+def test_a_quantized_base_takes_what_its_values_take(
+    family: str,
+    dtype: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, plain = published(family, tmp_path, monkeypatch)
+    base, method = planned(folder, dtype), "mxfp4" if family == "gpt-oss" else "fp8"
+    assert base.kinds == planned(plain, dtype).kinds
+    assert f"quantized by {method}; they are held in {dtype}" in base.notes[0]
+    held = measured(folder, dtype, LoraSpec(4), kv_cache_bytes=2**20)
+    assert abs(sum(base.share_bytes(ONE).values()) / held.weights - 1) < 0.01
+
+
+def test_a_quantization_that_is_not_read_is_noted(tmp_path: Path) -> None:
+    folder = random_model("qwen3-moe", tmp_path)
+    configure(folder, {"quant_method": "awq"})
+    assert "quantized by 'awq', which is not read" in planned(folder).notes[0]
 
 
 def test_no_tensor_name_is_guessed_at() -> None:
