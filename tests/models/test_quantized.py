@@ -189,6 +189,19 @@ def test_a_published_folder_has_the_logits_of_the_dequantized_one_in_transformer
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
+def test_kimi_k2_is_dequantized_though_its_config_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plain = published("deepseek-v3", tmp_path, monkeypatch)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = WorkerConfig(dtype="float32")
+    folders = folder, plain
+    found, expected = (held(load_model("k", each, Digest(""), settings)[0]) for each in folders)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=["tensor", "experts", "both", "data"])
 @pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", "gpt-oss"])
 def test_a_rank_holds_its_part_of_the_dequantized_weights(
