@@ -34,7 +34,7 @@ from openmint.models.meta import meta_model
 from openmint.models.weights import INDEX
 from openmint.plan.base import PlannedBase, planned_base
 from openmint.plan.placement import Placement
-from openmint.plan.plan import GB, AdapterRoom, Plan, Room, make_plan, size
+from openmint.plan.plan import GB, AdapterRoom, KvRoom, Plan, Room, make_plan, size
 from openmint.types import Digest, LoraSpec
 from tests.held import division_of, measured
 from tests.workbench import ALL_FAMILIES, random_model
@@ -302,10 +302,15 @@ def _plan_rows(found: Mapping[str, Plans]) -> Iterator[list[str]]:
                 size(made.memory.left),
                 f"{made.kv.tokens:,}",
                 size(made.kv.bytes_per_token),
-                f"{size(made.kv.record_bytes_per_token)} + {made.kv.index_bits_per_key} bits",
+                _host_memory(made.kv),
                 size(made.traffic.sampled_token),
                 f"{runs[0]} / {runs[1]}",
             ]
+
+
+def _host_memory(kv: KvRoom) -> str:
+    bits = f" + {kv.index_bits_per_key} bits" if kv.index_bits_per_key else ""
+    return f"{size(kv.record_bytes_per_token)}{bits}"
 
 
 RANK_HEAD = ["GPUs", "what", "size"]
