@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmint.kernels import choice
 from openmint.layers import grouped_experts
@@ -28,10 +29,10 @@ from openmint.layers.router import SoftmaxRouter
 from openmint.layers.swiglu import silu_gate
 from openmint.models.gpt_oss import clamped_gate
 from openmint.types import LoraSpec, TargetModule
+from tests.pretend_cuda import DEVICE, pretend_cuda
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported
 
-CPU = torch.device("cpu")
 HIDDEN, INNER, EXPERTS, CHOSEN = 32, 16, 6, 2
 SPECS = (LoraSpec(3, alpha=6.0), LoraSpec(16), LoraSpec(8, train_mlp=False), LoraSpec(8))
 MIXED = torch.tensor([0] * 7 + [1] * 5 + [-1] * 3 + [2] * 4 + [3] * 6)
@@ -47,11 +48,13 @@ CLAMPED = partial(clamped_gate, steepness=1.7, limit=0.5)
 class Case:
     """A layer of experts, all of them or some, and adapters of them."""
 
-    def __init__(self, own: slice, dtype: torch.dtype, *, biased: bool) -> None:
+    def __init__(
+        self, own: slice, dtype: torch.dtype, *, biased: bool, device: str = "cpu"
+    ) -> None:
         draw = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return (0.3 * torch.randn(*shape, generator=draw)).to(dtype)
+            return (0.3 * torch.randn(*shape, generator=draw)).to(device, dtype)
 
         experts = []
         for number in range(EXPERTS):
@@ -66,6 +69,7 @@ class Case:
                 sides.append((path, normal(num_out, num_in), bias))
             linears = TorchLinear("mlp", sides[:2]), TorchLinear("mlp", sides[2:])
             experts.append(GatedFeedForward(*linears, CLAMPED if biased else silu_gate))
+        self.device = torch.device(device)
         router = SoftmaxRouter(normal(EXPERTS, HIDDEN), CHOSEN, True)
         self.mixture = MixtureOfExperts(router, experts[own], own, None, 0)
         other = TargetModule("layers.0.q_proj", "attn", HIDDEN, HIDDEN)
@@ -81,10 +85,12 @@ class Case:
         slot_T = SLOTS[slots]
         adapters = self.adapters[1:2] if slots.startswith("one") else self.adapters
         stack = AdapterStack(adapters)
-        sinks = [torch.zeros(adapter.layout.num_params) for adapter in adapters]
-        sink = GradientSink(stack, sinks)
-        batch = None if slot_T is None else AdapterBatch(stack, slot_T, sink)
-        whole = Batch(PackedAttention([len(self.x_TD)], CPU), batch)
+        sizes = [adapter.layout.num_params for adapter in adapters]
+        sinks = [torch.zeros(size, device=self.device) for size in sizes]
+        sink, batch = GradientSink(stack, sinks), None
+        if slot_T is not None:
+            batch = AdapterBatch(stack, slot_T.to(self.device), sink)
+        whole = Batch(PackedAttention([len(self.x_TD)], self.device), batch)
         x_TD = self.x_TD.clone().requires_grad_()
         y_TD = self.mixture.forward(x_TD, whole)
         y_TD.backward(self.grad_TD)
@@ -135,6 +141,32 @@ def test_adapters_read_in_place_equal_experts_one_by_one(
     case.mixture._grouped = None
     for one, other in zip(ours, case.run(slots), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host asks the device for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        to_host = name == "_to_copy" and torch.device((kwargs or {}).get("device", "cuda"))
+        is_asked = name in ("_local_scalar_dense", "nonzero", "bincount")
+        self.count += is_asked or (to_host and to_host.type == "cpu")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("slots", "count"), [("scattered", 0), ("one for all, in place", 1)])
+def test_the_host_waits_in_no_layer(slots: str, count: int, monkeypatch: Any) -> None:
+    """On a pretended GPU, forth and back. Once for a batch it asks whether one adapter is all."""
+    monkeypatch.setenv("OPENMINT_TRITON", "0")
+    with pretend_cuda():
+        case = Case(slice(0, EXPERTS), torch.float32, biased=True, device=DEVICE)
+        with Waits() as waits:
+            case.run(slots)
+    assert waits.count == count
 
 
 def test_no_weight_is_held_twice() -> None:
