@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 COOKBOOK := .venv-cookbook
 COOKBOOK_READY := $(COOKBOOK)/.ready
+TRITON := .venv-triton
+TRITON_READY := $(TRITON)/.ready
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 DATA ?= openmint-data
 PORT ?= 8411
@@ -16,12 +18,13 @@ TESTS ?=
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-fast lint format types docs serve chaos bench clean
+.PHONY: help install demo test test-kernels test-fast lint format types docs serve chaos bench clean
 
 help:
 	@echo "make demo [QUICK=1]   two tenants train, promote, serve and roll back (<= 10 min; QUICK 3 min)"
 	@echo "make serve            start the service on port $(PORT) with its data in $(DATA)"
 	@echo "make test             all tests        make test TESTS=tests/wire -- a part of them"
+	@echo "make test-kernels     what runs on GPUs, by Triton's interpreter"
 	@echo "make lint             ruff, mypy       make format -- let ruff rewrite"
 	@echo "make docs             rewrite the pages that are made from the code"
 	@echo "make bench            race this machine against rivals and its own limit (an hour)"
@@ -51,11 +54,20 @@ $(COOKBOOK_READY): constraints-cpu.txt
 	@$(COOKBOOK)/bin/pip install $(PIP_FLAGS) torch==2.13.0 tinker==0.38.0 tinker-cookbook==0.5.8
 	@touch $@
 
+# Triton is a gigabyte that only its interpreter is wanted of, so it stays out of $(VENV).
+$(TRITON_READY): constraints-cpu.txt $(READY)
+	@echo "installing into $(TRITON)"
+	@$(BIN)/pip install $(PIP_FLAGS) --upgrade --no-deps --target $(TRITON) triton==3.9.0
+	@touch $@
+
 demo: $(READY)
 	@$(BIN)/python -m examples.demo $(if $(QUICK),--quick)
 
 test: $(READY) $(COOKBOOK_READY)
 	@$(BIN)/python -m pytest $(TESTS)
+
+test-kernels: $(READY) $(TRITON_READY)
+	@PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/gpu tests/layers/test_grouped_experts.py
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -m "not integration and not slow and not cookbook" $(TESTS)
@@ -82,6 +94,6 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(COOKBOOK) .data build demo-output *.egg-info \
+	rm -rf $(VENV) $(COOKBOOK) $(TRITON) .data build demo-output *.egg-info \
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

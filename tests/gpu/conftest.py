@@ -67,7 +67,7 @@ def make_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> Device:
         monkeypatch.setenv("OPENMINT_TRITON", "0")
         return Device(DEVICE, pretend_cuda, 1e-4)
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton for its interpreter: pip install triton")
+        pytest.skip("needs Triton for its interpreter: make test-kernels")
     if torch.cuda.is_available():
         pytest.skip("Triton compiles its kernels for the GPU here")
     monkeypatch.setattr(choice, "INTERPRETED", True)

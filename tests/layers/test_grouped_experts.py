@@ -123,7 +123,7 @@ def test_they_do_so_in_bfloat16() -> None:
 @pytest.fixture
 def interpreted(monkeypatch: Any) -> None:
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton for its interpreter: pip install triton")
+        pytest.skip("needs Triton for its interpreter: make test-kernels")
     if torch.cuda.is_available():
         pytest.skip("Triton compiles its kernels for the GPU here")
     monkeypatch.setattr(choice, "INTERPRETED", True)
