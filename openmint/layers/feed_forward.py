@@ -81,7 +81,11 @@ class MixtureOfExperts:
         if batch.routes is not None:
             expert_TK = batch.routes.experts(self._place, expert_TK)
         weight_TK = self.router.weigh(logits_TE, expert_TK)
-        y_TD = self._routed(x_TD, expert_TK, weight_TK, batch.adapters)
+        if self._tiled is not None and not x_TD.requires_grad:
+            chosen = expert_TK, weight_TK, self.own.start
+            y_TD = self._tiled.serve(x_TD, chosen, batch.adapters, batch.together)
+        else:
+            y_TD = self._routed(x_TD, expert_TK, weight_TK, batch.adapters)
         return y_TD if self.shared is None else y_TD + self.shared.forward(x_TD, batch)
 
     def _routed(
