@@ -59,17 +59,16 @@ class Sampler:
     ) -> None:
         self._lanes = lanes
         # A tiled cache is read by kernels that all threads run together; no part is a lane's alone.
-        num_parts, together = lanes.count, alone
-        if isinstance(cache, TiledCache):
-            num_parts, together = 1, lanes.together
-        self._parts = [SampleLane(model, cache, routes, together) for _ in range(num_parts)]
+        num_parts = 1 if isinstance(cache, TiledCache) else lanes.count
+        self._parts = [SampleLane(model, cache, routes) for _ in range(num_parts)]
 
     def run(self, batch: SampleBatch, slots: Slots) -> list[ChunkOutcome]:
         """Outcome of each chunk, in order. No chunk reads what another writes in the same step."""
         sizes = [len(chunk.tokens_N) for chunk in batch.chunks]
         cuts = self._lanes.split(sizes, LANE_TOKENS, len(self._parts))
+        together = self._lanes.together if len(cuts) == 1 else alone
         shares = zip(self._parts, cuts, strict=False)
-        jobs = [partial(lane.run, batch.chunks[cut], slots) for lane, cut in shares]
+        jobs = [partial(lane.run, batch.chunks[cut], slots, together) for lane, cut in shares]
         return [outcome for outcomes in self._lanes.run(jobs) for outcome in outcomes]
 
     def forget(self) -> None:
@@ -86,17 +85,17 @@ class SampleLane:
         model: Model,
         cache: KVCache | TiledCache,
         routes: RouteCache | None,
-        together: Together,
     ) -> None:
         self._model, self._cache, self._routes = model, cache, routes
-        self._together = together
+        self._together: Together = alone
         self._device = model.head.device
         self._stack = AdapterStack([])
         self._room = LogitsRoom(model.head)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], slots: Slots) -> list[ChunkOutcome]:
-        """Outcome of each chunk, in order."""
+    def run(self, chunks: Sequence[Chunk], slots: Slots, together: Together) -> list[ChunkOutcome]:
+        """Outcome of each chunk, in order, by threads that share what kernels can."""
+        self._together = together
         slot_S = self._bind(chunks, slots)
         lengths_S = np.array([len(chunk.tokens_N) for chunk in chunks])
         adapters = self._adapters(np.repeat(slot_S, lengths_S))
@@ -110,7 +109,8 @@ class SampleLane:
         else:
             attention = self._attention(chunks, positions, self._cache)
             recorder = Recorder() if self._routes else None
-            hidden_TD = self._model.forward(*places, Batch(attention, adapters, recorder))
+            batch = Batch(attention, adapters, recorder, together)
+            hidden_TD = self._model.forward(*places, batch)
             if self._routes and recorder:
                 slot_T = cache_places(chunks, positions, self._cache.page_tokens)
                 self._routes.write(slot_T, recorder)

@@ -23,6 +23,7 @@ from openmint.kernels import (
     norm,
     paged,
     rotary,
+    routed,
     softmax,
     swiglu,
 )
@@ -116,6 +117,10 @@ def _compile_steps(memory: torch.Tensor, panels_P3: Any) -> None:
     rows = experts.Rows(np.zeros(1, np.int64), no_T)
     kept = experts.Tape(rows_TD, room(0, 32), room(2, 0, 0))
     experts.forward(both, adapters, rows, kept, rows_TD, rows_TD)
+    no_TK, one_E, weight_TK = np.zeros((0, 1), np.int64), np.zeros(1, np.int64), singles(0, 1)
+    chosen = routed.Chosen(no_TK, weight_TK, 0, no_TK, no_T, no_T, one_E, one_E, one_E)
+    apart = routed.Room(rows_TD, room(0, 32), rows_TD, rows_TD, room(0, 0))
+    routed.forward(team(routed.PHASES), both, adapters, chosen, apart, rows_TD, rows_TD)
     between = experts.Room(rows_TD, rows_TD, room(0, 32), room(0, 0))
     to = experts.Sink(none_MS, none_MS, no_T)
     ends = np.array([16, 32]), np.array([16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from openmint.kernels.team import Together, alone
 from openmint.layers.adapters import AdapterBatch
 from openmint.layers.attention import Attention
 from openmint.layers.routes import Routes
@@ -17,3 +18,5 @@ class Batch:
     adapters: AdapterBatch | None
     routes: Routes | None = None
     """None: they are made anew and not kept."""
+    together: Together = alone
+    """The threads that share what kernels can."""

@@ -95,15 +95,23 @@ class MixtureOfExperts:
         if batch.routes is not None:
             expert_TK = batch.routes.experts(self._place, expert_TK)
         weight_TK = self.router.weigh(logits_TE, expert_TK)
+        y_TD = self._routed(x_TD, expert_TK, weight_TK, batch)
+        return y_TD if self.shared is None else y_TD + self.shared.forward(x_TD, batch)
+
+    def _routed(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, batch: Batch) -> Tensor:
+        """The weighed sum of each token's experts, in the order of its choices, whoever stands
+        beside it in the batch."""
+        if self._tiled is not None and not x_TD.requires_grad:
+            chosen = expert_TK, weight_TK, self.own.start
+            return self._tiled.serve(x_TD, chosen, batch.adapters, batch.together)
         if self._grouped is not None and self._grouped.takes(batch.adapters):
             y_TKD = self._grouped.forward(x_TD, expert_TK, batch.adapters)
         else:
-            y_TKD = self._routed(x_TD, expert_TK, batch.adapters)
-        # In the order of a token's choices, whoever stands beside it in the batch.
-        y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1).to(x_TD.dtype)
-        return y_TD if self.shared is None else y_TD + self.shared.forward(x_TD, batch)
+            y_TKD = self._one_by_one(x_TD, expert_TK, batch.adapters)
+        y_TD: Tensor = (y_TKD.float() * weight_TK[..., None].float()).sum(1)
+        return y_TD.to(x_TD.dtype)
 
-    def _routed(self, x_TD: Tensor, expert_TK: Tensor, adapters: AdapterBatch | None) -> Tensor:
+    def _one_by_one(self, x_TD: Tensor, expert_TK: Tensor, adapters: AdapterBatch | None) -> Tensor:
         """What its experts make of each token, `[T, K, D]`; those of other ranks make zeros.
 
         Rows are put together by expert, so that each expert multiplies once.

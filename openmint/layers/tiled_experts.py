@@ -1,8 +1,9 @@
-"""The routed experts of one layer with the kernels of `kernels/experts.py`: one call forth and one
-back, where a loop over experts would be hundreds that wait for each other's Python.
+"""The routed experts of one layer: in training with the kernels of `kernels/experts.py`, one call
+forth and one back, where a loop over experts would be hundreds that wait for each other's Python;
+in sampling with that of `kernels/routed.py`, which a team of threads shares.
 
-Shapes: N rows expert by expert, E experts of this rank, D hidden size, F feed-forward size, R rows
-of adapters, S slots, M targets.
+Shapes: T tokens, K experts of a token, N rows expert by expert, E experts of this rank, D hidden
+size, F feed-forward size, R rows of adapters, S slots, M targets.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmint.kernels import dense, experts
+from openmint.kernels import dense, experts, routed
 from openmint.kernels.jit import as_array
+from openmint.kernels.team import Together, team
 from openmint.layers.adapters import AdapterBatch, adapters_of
 from openmint.layers.linear import LoraLinear, TiledLinear
 from openmint.types import AnyArray, IntArray
@@ -55,6 +57,41 @@ class TiledExperts:
             y_ND: Tensor = _Trained.apply(x_ND, self, rows, adapters)
             return y_ND
         return self.run(x_ND, rows, adapters)[0]
+
+    def serve(
+        self,
+        x_TD: Tensor,
+        chosen: tuple[Tensor, Tensor, int],
+        adapters: AdapterBatch | None,
+        together: Together,
+    ) -> Tensor:
+        """Each token's sum of its experts, without a way back. `chosen` are the experts `[T, K]`,
+        what each counts, and the first of all experts that is this rank's; others give nothing."""
+        expert_TK, weight_TK, first = chosen
+        num_rows, widest = expert_TK.numel(), adapters.stack.widest if adapters else 0
+        num_experts, y_TD = len(self._linears) // 2, torch.empty_like(x_TD)
+        to = routed.Chosen(
+            as_array(expert_TK.contiguous()),
+            as_array(weight_TK.float().contiguous()),
+            first,
+            row_TK=_places(*expert_TK.shape),
+            token_N=_places(num_rows),
+            slot_N=_places(num_rows),
+            stop_E=_places(num_experts),
+            busy_E=_places(num_experts),
+            num_busy_1=_places(1),
+        )
+        room = routed.Room(
+            _room(num_rows, x_TD.shape[1]),
+            _room(num_rows, 2 * self._inner),
+            _room(num_rows, self._inner),
+            _room(num_rows, x_TD.shape[1]),
+            _room(num_rows, 2 * widest),
+        )
+        given = adapters_of(adapters, self._linears, "forth")
+        counters, x, y = team(routed.PHASES), as_array(x_TD.contiguous()), as_array(y_TD)
+        together(lambda: routed.forward(counters, self._forth, given, to, room, x, y))
+        return y_TD
 
     def run(
         self, x_ND: Tensor, rows: experts.Rows, adapters: AdapterBatch | None
@@ -134,6 +171,10 @@ def _slots(adapters: AdapterBatch | None, token_N: Tensor) -> IntArray:
         return np.full(len(token_N), -1)
     slot_N: IntArray = adapters.slot_rows[token_N.numpy()]
     return slot_N
+
+
+def _places(*shape: int) -> IntArray:
+    return np.empty(shape, np.int64)
 
 
 def _room(*shape: int) -> AnyArray:

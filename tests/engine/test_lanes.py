@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from openmint.engine.lanes import Lanes
+from openmint.kernels.tile import IS_AVAILABLE
 from openmint.scheduler.work import SampleWork, TrainWork
 from openmint.types import Datum, LoraSpec, LossSpec, SamplingParams, Tenant
-from tests.workbench import VOCAB, Workbench, random_model
+from tests.workbench import ALL_FAMILIES, VOCAB, Workbench, prompt_of, random_model
 
 CPU = torch.device("cpu")
 
@@ -87,3 +89,27 @@ def test_two_lanes_train_and_sample_what_one_does(tmp_path: Path) -> None:
     for ours, theirs in zip(shared[1], alone[1], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert shared[2] == alone[2]
+
+
+@pytest.mark.skipif(not IS_AVAILABLE, reason="this CPU has no AVX512-BF16")
+def test_all_threads_share_a_step_that_is_not_cut(monkeypatch: Any, tmp_path: Path) -> None:
+    name, extra = ALL_FAMILIES["deepseek-v3"]
+    wide = {"hidden_size": 64, "moe_intermediate_size": 32, "kv_lora_rank": 32, "v_head_dim": 16}
+    monkeypatch.setitem(ALL_FAMILIES, "deepseek-v3", (name, {**extra, **wide}))
+    base, shared = random_model("deepseek-v3", tmp_path / "base"), []
+    run_together = Lanes.together
+    monkeypatch.setattr(
+        Lanes, "together", lambda lanes, job: shared.append(1) or run_together(lanes, job)
+    )
+    before, drawn = torch.get_num_threads(), []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        try:
+            bench = Workbench(base, tmp_path / str(num_threads), dtype="bfloat16")
+            drawn.append(bench.sample(prompt_of(9), max_tokens=6).sequences[0])
+        finally:
+            torch.set_num_threads(before)
+    np.testing.assert_array_equal(drawn[0].tokens_N, drawn[1].tokens_N)
+    np.testing.assert_array_equal(drawn[0].logprobs_N, drawn[1].logprobs_N)
+    # Of 3 layers 2 have experts; the output layer is shared too, and the prompt is a step.
+    assert len(shared) == 2 * 6 * (2 + 1)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from openmint.engine.plan import Chunk
 from openmint.engine.sample_step import SampleLane
-from openmint.kernels.team import alone
 from openmint.kernels.tile import IS_AVAILABLE
 from openmint.layers import attention
 from openmint.layers.attention import (
@@ -113,7 +112,7 @@ def paged_sampler(num_pages: int) -> SampleLane:
     # What an earlier owner left in a page must never be seen.
     cache.keys.fill_(1e3)
     cache.values.fill_(1e6)
-    return SampleLane(model, cache, None, alone)
+    return SampleLane(model, cache, None)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
