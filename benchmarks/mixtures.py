@@ -1,4 +1,5 @@
-"""How fast do bases with experts train, and how fast do latents decode, against `transformers`?
+"""How fast do bases with experts train, and how fast do they and latents decode, against
+`transformers`?
 
 `python -m benchmarks mixtures`. Random bases of a middling size, made once.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decode import same_first_tokens
 from benchmarks.house import Race, Report, Target, report_of
 from benchmarks.processes import BASES, Stage
 from benchmarks.training import same_loss
@@ -15,6 +17,7 @@ from openmint.models.embedded import copy_tokenizer, embedded_base
 
 SEQUENCES, LENGTH, POLICIES = 8, 128, 4
 CONTEXT, TOKENS_OUT, DECODING = 1024, 33, 4
+PROMPT, TOGETHER = 128, (1, 8, 32)
 VOCABULARY = 49_152
 EXPERTS: dict[str, Any] = {
     "hidden_size": 1024,
@@ -54,8 +57,10 @@ MEASURED = (
     "parameters (`target_parameters`), where gate and up share their A; ours have one each. "
     f"Decoding: {DECODING} sequences of {CONTEXT} random tokens, {TOKENS_OUT - 1} steps of all of "
     "them, greedy, on a random DeepSeek-V3 of 12 layers with a latent of 256 + 32 values a token. "
-    "`transformers` caches latents too, and makes keys and values of all of them in each step. Two "
-    "threads everywhere."
+    "`transformers` caches latents too, and makes keys and values of all of them in each step. "
+    f"Decoding experts: {PROMPT} random tokens each, {TOKENS_OUT - 1} greedy steps, on the "
+    "Qwen3-MoE. "
+    "Two threads everywhere."
 )
 LIMITS = (
     "Random weights and tokens: routers choose about evenly, which real ones need not.",
@@ -129,10 +134,27 @@ def decode_race(stage: Stage, base: str) -> Race:
     )
 
 
+def experts_race(stage: Stage, base: str, sequences: int) -> Race:
+    size = {"sequences": sequences, "tokens_in": PROMPT, "tokens_out": TOKENS_OUT}
+    at = f"{sequences} sequence{'s' if sequences > 1 else ''}"
+    ours, theirs = f"ours, {at}", f"transformers, {at}"
+    return Race(
+        title=f"Decoding a mixture of experts, {at} at {PROMPT} tokens",
+        arms=[
+            stage.arm("ours", ours, "decode", base=base, **size),
+            stage.arm("peft", theirs, "decode", base=base, **size),
+        ],
+        targets=[Target(f"decoding experts, {at}: transformers", ours, (theirs,), 1.0)],
+        columns={"with prompts, tokens/s": "whole_rate"},
+        check=lambda readings: same_first_tokens(readings, ours, [theirs]),
+    )
+
+
 def ask(stage: Stage, repeats: int) -> Report:
     mixture = base_folder("mixture-0.7b", "Qwen3MoeConfig", EXPERTS)
     latent = base_folder("latent", "DeepseekV3Config", LATENTS)
     races = [train_race(stage, mixture), decode_race(stage, latent)]
+    races += [experts_race(stage, mixture, sequences) for sequences in TOGETHER]
     return report_of(
         "mixtures", TITLE, MEASURED, [stage.race(race, repeats) for race in races], LIMITS
     )
