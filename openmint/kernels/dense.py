@@ -91,18 +91,20 @@ def weight_of(linear: Any, layer: Any) -> Any:
 @piece
 def slots_of(adapters: Any, layer: Any) -> Any:
     return (
-        _slots(adapters, 4 * layer + QKV, 3),
-        _slots(adapters, 4 * layer + OUT, 1),
-        _slots(adapters, 4 * layer + GATE_UP, 2),
-        _slots(adapters, 4 * layer + DOWN, 1),
+        slots_at(adapters, 4 * layer + QKV, 3, adapters.slot_T),
+        slots_at(adapters, 4 * layer + OUT, 1, adapters.slot_T),
+        slots_at(adapters, 4 * layer + GATE_UP, 2, adapters.slot_T),
+        slots_at(adapters, 4 * layer + DOWN, 1, adapters.slot_T),
     )
 
 
 @piece
-def _slots(adapters: Any, n: Any, num_parts: Any) -> Any:
+def slots_at(adapters: Any, n: Any, num_parts: Any, slot_T: Any) -> Any:
+    """The adapters of the `n`-th linear layer; `slot_T` is where the slots of its rows are, 0 if no
+    row has one."""
     a, skipped = adapters, 8 * n * adapters.num_slots
     shrink_S, expand_S = a.shrink_NS + skipped, a.expand_NS + skipped
-    return Slots(a.slot_T, shrink_S, expand_S, a.rank_S, a.scale_S, num_parts, 0, 0, 0)
+    return Slots(slot_T, shrink_S, expand_S, a.rank_S, a.scale_S, num_parts, 0, 0, 0)
 
 
 @piece

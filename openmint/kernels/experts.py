@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from openmint.kernels import swiglu
-from openmint.kernels.dense import Linear, weight_of
+from openmint.kernels.dense import Linear, slots_at, weight_of
 from openmint.kernels.jit import kernel, piece
-from openmint.kernels.linear import Slots, add_outer, product, product_back
+from openmint.kernels.linear import add_outer, product, product_back
 from openmint.kernels.tile import STRIP
 
 TARGETS = 3
@@ -118,10 +118,8 @@ def backward(
 @piece
 def _slots(adapters: Any, n: Any, num_parts: Any, first: Any) -> Any:
     """The adapters of one linear layer, for rows from `first` on."""
-    a, skipped = adapters, 8 * n * adapters.num_slots
-    slot_T = a.slot_T if a.slot_T == 0 else a.slot_T + 8 * first
-    shrink_S, expand_S = a.shrink_NS + skipped, a.expand_NS + skipped
-    return Slots(slot_T, shrink_S, expand_S, a.rank_S, a.scale_S, num_parts, 0, 0, 0)
+    slot_T = adapters.slot_T
+    return slots_at(adapters, n, num_parts, slot_T if slot_T == 0 else slot_T + 8 * first)
 
 
 @piece

@@ -14,9 +14,9 @@ import numpy as np
 
 from openmint.kernels import swiglu
 from openmint.kernels.compiler import njit
-from openmint.kernels.dense import weight_of
+from openmint.kernels.dense import slots_at, weight_of
 from openmint.kernels.jit import F32, address, int_at, kernel, load, piece, rounded
-from openmint.kernels.linear import FEW, MANY, PART, Slots, panel, shrink
+from openmint.kernels.linear import FEW, MANY, PART, panel, shrink
 from openmint.kernels.team import share
 
 PHASES = 6
@@ -113,10 +113,8 @@ def _expert(place: Any, chosen: Any) -> Any:
 @piece
 def _slots(adapters: Any, e: Any, side: Any, chosen: Any) -> Any:
     """The adapters of an expert's linear layer: `side` 0 is gate and up, 1 is down."""
-    a, skipped = adapters, 8 * (2 * e + side) * adapters.num_slots
-    slot_N = 0 if a.slot_T == 0 else address(chosen.slot_N)
-    shrink_S, expand_S = a.shrink_NS + skipped, a.expand_NS + skipped
-    return Slots(slot_N, shrink_S, expand_S, a.rank_S, a.scale_S, 2 - side, 0, 0, 0)
+    slot_N = 0 if adapters.slot_T == 0 else address(chosen.slot_N)
+    return slots_at(adapters, 2 * e + side, 2 - side, slot_N)
 
 
 @piece

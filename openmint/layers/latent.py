@@ -38,6 +38,17 @@ class LatentShape:
     value: int
 
 
+@dataclass(frozen=True, slots=True)
+class LatentHeads:
+    """What a batch's tokens are to attention: queries in two parts, and for keys and values of all
+    heads one latent and a part that turns."""
+
+    q_THN: Tensor
+    q_THP: Tensor
+    latent_TR: Tensor
+    k_T1P: Tensor
+
+
 class LatentAttention:
     """One layer's."""
 
@@ -85,42 +96,31 @@ class LatentAttention:
         )
         q_THP, k_T1P = self._turn(q_THP, angles), self._turn(turned_TP[:, None], angles)
         latent_TR = rms_norm(latent_TR.contiguous(), self._latent_norm_R, NORM_EPS)
+        made = LatentHeads(q_THN, q_THP, latent_TR, k_T1P)
         attend = self._expanded if isinstance(attention, PackedAttention) else self._absorbed
-        return self._out(attend(q_THN, q_THP, latent_TR, k_T1P, attention, adapters), adapters)
+        return self._out(attend(made, attention, adapters), adapters)
 
     def _expanded(
-        self,
-        q_THN: Tensor,
-        q_THP: Tensor,
-        latent_TR: Tensor,
-        k_T1P: Tensor,
-        attention: Attention,
-        adapters: AdapterBatch | None,
+        self, made: LatentHeads, attention: Attention, adapters: AdapterBatch | None
     ) -> Tensor:
-        made = self._up(latent_TR, adapters).unflatten(1, (self.shape.num_heads, -1))
-        k_THN, v_THE = made.split([self.shape.from_latent, self.shape.value], dim=2)
-        k_THP = k_T1P.expand(-1, self.shape.num_heads, -1)
-        q, k = torch.cat((q_THN, q_THP), dim=2), torch.cat((k_THN, k_THP), dim=2)
+        up_THW = self._up(made.latent_TR, adapters).unflatten(1, (self.shape.num_heads, -1))
+        k_THN, v_THE = up_THW.split([self.shape.from_latent, self.shape.value], dim=2)
+        k_THP = made.k_T1P.expand(-1, self.shape.num_heads, -1)
+        q, k = torch.cat((made.q_THN, made.q_THP), dim=2), torch.cat((k_THN, k_THP), dim=2)
         return attention.attend(self.heads, q, k, v_THE)
 
     def _absorbed(
-        self,
-        q_THN: Tensor,
-        q_THP: Tensor,
-        latent_TR: Tensor,
-        k_T1P: Tensor,
-        attention: Attention,
-        adapters: AdapterBatch | None,
+        self, made: LatentHeads, attention: Attention, adapters: AdapterBatch | None
     ) -> Tensor:
-        q_HTR = q_THN.transpose(0, 1) @ self._key_HNR
-        k_T1R = latent_TR[:, None]
+        q_HTR = made.q_THN.transpose(0, 1) @ self._key_HNR
+        k_T1R = made.latent_TR[:, None]
         delta = adapters.stacked_delta(self._up.group, self._up.paths) if adapters else None
         if delta is not None:
             b_AHN, b_AHE = self._b_of(delta)
-            h_HTA = delta.select(torch.einsum("thn,ahn->hta", q_THN, b_AHN))
+            h_HTA = delta.select(torch.einsum("thn,ahn->hta", made.q_THN, b_AHN))
             q_HTR = q_HTR + h_HTA @ delta.stacked.a_RI
-        q = torch.cat((q_HTR.transpose(0, 1), q_THP), dim=2)
-        k = torch.cat((k_T1R, k_T1P), dim=2)
+        q = torch.cat((q_HTR.transpose(0, 1), made.q_THP), dim=2)
+        k = torch.cat((k_T1R, made.k_T1P), dim=2)
         seen_TW = attention.attend(self.heads, q, k, k_T1R)
         seen_HTR = seen_TW.unflatten(1, (self.shape.num_heads, -1)).transpose(0, 1)
         out_HTE = seen_HTR @ self._value_HER.transpose(1, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from openmint.config import WorkerConfig
 from openmint.layers.adapters import AdapterBatch, AdapterLayout, AdapterStack, AdapterWeights
 from openmint.layers.attention import Heads
-from openmint.layers.latent import LatentAttention
+from openmint.layers.latent import LatentAttention, LatentHeads
 from openmint.models.loader import load_model
 from openmint.types import Digest, LoraSpec
 from tests.workbench import random_model
@@ -52,7 +52,8 @@ def test_adapters_of_a_mixed_batch_have_their_part(
             (count, 1, shape.turned),
         )
     )
-    ours = attention._absorbed(q_THN, q_THP, latent_TR, k_T1P, OwnKeys(), batch)  # type: ignore[arg-type]
+    heads = LatentHeads(q_THN, q_THP, latent_TR, k_T1P)
+    ours = attention._absorbed(heads, OwnKeys(), batch)  # type: ignore[arg-type]
     (path,) = attention._up.paths
     for token, slot in enumerate(SLOT_T.tolist()):
         weight_OI = attention._up.weight_OI.clone()  # type: ignore[attr-defined]
