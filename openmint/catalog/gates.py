@@ -2,11 +2,12 @@
 
 A gate asks for a score on a task, or compares the revision with what the alias names now, item by
 item. It is judged in the transaction that moves the alias, by each revision's newest finished
-evaluation that asked enough items.
+evaluation that asked enough items; two are compared only if they were sampled alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +19,7 @@ from openmint.catalog.audit import note_event
 from openmint.catalog.database import Database, now
 from openmint.catalog.policies import find_policy
 from openmint.catalog.records import Evaluation, Gate, GateFailure, Policy
-from openmint.catalog.rows import EVALUATIONS, GATES, many, one
+from openmint.catalog.rows import EVALUATIONS, GATES, many
 from openmint.errors import Conflict, GateFailed, InvalidRequest, NotFound
 from openmint.evaluate.compare import lower_bound, pairs_of
 from openmint.types import Digest, Tenant
@@ -133,14 +134,17 @@ def _failure(
     _, task = find_task(connection, policy.tenant, gate.task_digest or gate.task_name)
     num_items = gate.num_items or _size_of_task(connection, policy.tenant, task)
     newest = _newest_evaluation(connection, policy, candidate, task, num_items)
-    before = current and _newest_evaluation(connection, policy, current, task, num_items)
+    alike = newest.sampling if newest else None
+    before = current and _newest_evaluation(connection, policy, current, task, num_items, alike)
     missing = [] if newest else [candidate]
     if gate.margin is not None and current and not before:
         missing.append(current)
-    run = tuple(_command(policy, gate, digest) for digest in missing)
+    heat = float((alike or {}).get("temperature", 0.0))
+    run = tuple(_command(policy, gate, digest, heat) for digest in missing)
     bound = None
     if not newest or missing:
-        found = f"no evaluation on {num_items} items; run {' and '.join(run)}"
+        alike_too = f" at temperature {heat:g}" if newest else ""
+        found = f"no evaluation on {num_items} items{alike_too}; run {' and '.join(run)}"
     elif gate.min_score is not None:
         assert newest.score is not None
         if newest.score >= gate.min_score:
@@ -178,9 +182,15 @@ def wanted_by(gate: Gate) -> str:
 
 
 def _newest_evaluation(
-    connection: Connection, policy: Policy, digest: Digest, task_digest: Digest, num_items: int
+    connection: Connection,
+    policy: Policy,
+    digest: Digest,
+    task_digest: Digest,
+    num_items: int,
+    alike: Mapping[str, Any] | None = None,
 ) -> Evaluation | None:
-    """The newest that counts: finished, on enough items, with the outcome of each kept."""
+    """The newest that counts: finished, on enough items, with the outcome of each kept; and if it
+    is to be compared with another, sampled alike."""
     column = t.evaluation.c
     query = EVALUATIONS.where(
         column.policy_id == policy.policy_id,
@@ -190,7 +200,8 @@ def _newest_evaluation(
         column.num_items >= num_items,
         column.outcomes.is_not(None),
     )
-    return one(connection, Evaluation, query.order_by(column.evaluation_id.desc()).limit(1))
+    newest_first = many(connection, Evaluation, query.order_by(column.evaluation_id.desc()))
+    return next((each for each in newest_first if alike in (None, each.sampling)), None)
 
 
 def _outcomes(connection: Connection, evaluation: Evaluation) -> list[bool]:
@@ -219,10 +230,11 @@ def _size_of_task(connection: Connection, tenant: Tenant, digest: Digest) -> int
     return int(connection.execute(select(size).where(this).limit(1)).scalar_one())
 
 
-def _command(policy: Policy, gate: Gate, digest: Digest) -> str:
+def _command(policy: Policy, gate: Gate, digest: Digest, temperature: float) -> str:
     task = gate.task_digest or gate.task_name
     n = f" --n {gate.num_items}" if gate.num_items else ""
-    return f"openmint evaluate {policy.tenant}/{policy.name}@{digest} --task {task}{n}"
+    heat = f" --temperature {temperature:g}" if temperature else ""
+    return f"openmint evaluate {policy.tenant}/{policy.name}@{digest} --task {task}{n}{heat}"
 
 
 def _note(connection: Connection, policy: Policy, gate: Gate, actor: str, action: str) -> None:

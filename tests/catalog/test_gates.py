@@ -56,7 +56,11 @@ def add_gate(
 
 
 def evaluate(
-    catalog: Catalog, word: int, outcomes: Sequence[bool], task: Digest | None = None
+    catalog: Catalog,
+    word: int,
+    outcomes: Sequence[bool],
+    task: Digest | None = None,
+    temperature: float = 0.0,
 ) -> int:
     started = catalog.start_evaluation(
         ANN,
@@ -66,6 +70,7 @@ def evaluate(
         task_name="sums",
         task_digest=task or digest_of("sums"),
         num_items=len(outcomes),
+        sampling={"temperature": temperature, "max_tokens": 8},
     ).evaluation_id
     return catalog.finish_evaluation(ANN, started, outcomes).evaluation_id
 
@@ -153,6 +158,20 @@ def test_a_revision_is_compared_item_by_item_with_what_is_served(trained: Catalo
         promote(trained, 3)
     (failure,) = caught.value.failures
     assert failure["score"] == 0.7 and failure["bound"] < -0.16
+    assert promote(trained, 2) == digest_of(2)
+
+
+def test_only_evaluations_that_were_sampled_alike_are_compared(trained: Catalog) -> None:
+    add_gate(trained, margin=0.05)
+    evaluate(trained, 1, right(30))
+    evaluate(trained, 2, right(30), temperature=1.0)
+    with pytest.raises(GateFailed, match="no evaluation on 40 items at temperature 1; run") as told:
+        promote(trained, 2)
+    (failure,) = told.value.failures
+    command = f"openmint evaluate ann/math@{digest_of(1)} --task sums --temperature 1"
+    assert failure["run"] == (command,)
+    evaluate(trained, 1, right(29), temperature=1.0)
+    evaluate(trained, 1, right(40))
     assert promote(trained, 2) == digest_of(2)
 
 
