@@ -37,6 +37,7 @@ WORKER_GAUGES: tuple[tuple[str, str, str], ...] = (
     ("openmint_training_waiting", "num_waiting_train", "Training commands that wait."),
     ("openmint_training_runs", "num_training_runs", "Training runs in the worker's memory."),
     ("openmint_resident_revisions", "num_resident_revisions", "Revisions in host memory."),
+    ("openmint_pinned_bytes", "pinned_bytes", "Bytes of host memory that pins hold."),
     ("openmint_slots", "num_slots", "Revisions in serving slots."),
     ("openmint_waiting_loads", "num_waiting_loads", "Revisions that wait to be loaded."),
     ("openmint_kv_pages", "kv_pages_total", "Pages of the KV cache."),

@@ -613,6 +613,7 @@ class Scheduler:
             kv_pages_used=pool.num_used,
             training_bytes=self._engine.training_bytes,
             host_bytes=tiers.host.used_bytes,
+            pinned_bytes=tiers.held_bytes(),
             serving_bytes=tiers.slots.used_bytes,
             prompt_tokens=counters["prompt"],
             cached_prompt_tokens=counters["cached"],

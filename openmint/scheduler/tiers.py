@@ -98,6 +98,11 @@ class Tiers:
                 self.release(revision)
             self._start_loads()
 
+    def held_bytes(self, but: Digest | None = None) -> int:
+        """Of host memory, by held revisions, another than this."""
+        there = self._held.intersection(self._weights) - {but}
+        return sum(self._weights[revision].num_bytes for revision in there)
+
     def is_held(self, revision: Digest) -> bool:
         return revision in self._held
 
@@ -244,10 +249,8 @@ class Tiers:
 
     def _why_never(self, revision: Digest, weights: Weights) -> Overloaded | None:
         """Why the weights could not be resident, were there nothing but what is held."""
-        others = self._held.intersection(self._weights) - {revision}
-        held_bytes = sum(self._weights[each].num_bytes for each in others)
         for needed, tier, held, setting in (
-            (weights.num_bytes, self.host, held_bytes, "host_bytes"),
+            (weights.num_bytes, self.host, self.held_bytes(but=revision), "host_bytes"),
             (self._engine.slot_bytes(weights), self.slots, 0, "serving_bytes"),
         ):
             if needed > tier.budget_bytes - held:

@@ -346,6 +346,8 @@ class WorkerStats:
     kv_pages_used: int = 0
     training_bytes: int = 0
     host_bytes: int = 0
+    pinned_bytes: int = 0
+    """Of those, what pins hold."""
     serving_bytes: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0

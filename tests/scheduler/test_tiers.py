@@ -260,6 +260,7 @@ def test_pinned_revisions_outlast_a_flood_larger_than_memory(model: Path, stored
     for each in revisions[:2]:
         assert bench.do(work(each, load_seconds=0.0)).revision == each
     assert bench.scheduler.stats().revision_loads == before
+    assert bench.scheduler.stats().pinned_bytes == 2 * size
     assert_nothing_held(bench, *revisions[:2])
 
 
