@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,40 +121,40 @@ def train_race(stage: Stage, base: str) -> Race:
     )
 
 
-def decode_race(stage: Stage, base: str) -> Race:
-    size = {"sequences": DECODING, "tokens_in": CONTEXT, "tokens_out": TOKENS_OUT}
-    ours, theirs = "ours, absorbed", "transformers, expanded"
+def decode_race(
+    stage: Stage, base: str, title: str, work: str, arms: tuple[str, str], **size: int
+) -> Race:
+    """Ours against `transformers`."""
+    ours, theirs = arms
     return Race(
-        title=f"Decoding latents, {DECODING} sequences at {CONTEXT} tokens",
+        title=title,
         arms=[
-            stage.arm("ours", ours, "decode", base=base, **size),
-            stage.arm("peft", theirs, "decode", base=base, **size),
+            stage.arm("ours", ours, "decode", base=base, tokens_out=TOKENS_OUT, **size),
+            stage.arm("peft", theirs, "decode", base=base, tokens_out=TOKENS_OUT, **size),
         ],
-        targets=[Target(f"latent decode at {CONTEXT}: transformers", ours, (theirs,), 1.0)],
+        targets=[Target(f"{work}: transformers", ours, (theirs,), 1.0)],
         columns={"with prompts, tokens/s": "whole_rate"},
     )
+
+
+def latents_race(stage: Stage, base: str) -> Race:
+    title = f"Decoding latents, {DECODING} sequences at {CONTEXT} tokens"
+    work, arms = f"latent decode at {CONTEXT}", ("ours, absorbed", "transformers, expanded")
+    return decode_race(stage, base, title, work, arms, sequences=DECODING, tokens_in=CONTEXT)
 
 
 def experts_race(stage: Stage, base: str, sequences: int) -> Race:
-    size = {"sequences": sequences, "tokens_in": PROMPT, "tokens_out": TOKENS_OUT}
     at = f"{sequences} sequence{'s' if sequences > 1 else ''}"
-    ours, theirs = f"ours, {at}", f"transformers, {at}"
-    return Race(
-        title=f"Decoding a mixture of experts, {at} at {PROMPT} tokens",
-        arms=[
-            stage.arm("ours", ours, "decode", base=base, **size),
-            stage.arm("peft", theirs, "decode", base=base, **size),
-        ],
-        targets=[Target(f"decoding experts, {at}: transformers", ours, (theirs,), 1.0)],
-        columns={"with prompts, tokens/s": "whole_rate"},
-        check=lambda readings: same_first_tokens(readings, ours, [theirs]),
-    )
+    title = f"Decoding a mixture of experts, {at} at {PROMPT} tokens"
+    work, arms = f"decoding experts, {at}", (f"ours, {at}", f"transformers, {at}")
+    race = decode_race(stage, base, title, work, arms, sequences=sequences, tokens_in=PROMPT)
+    return replace(race, check=lambda readings: same_first_tokens(readings, arms[0], arms[1:]))
 
 
 def ask(stage: Stage, repeats: int) -> Report:
     mixture = base_folder("mixture-0.7b", "Qwen3MoeConfig", EXPERTS)
     latent = base_folder("latent", "DeepseekV3Config", LATENTS)
-    races = [train_race(stage, mixture), decode_race(stage, latent)]
+    races = [train_race(stage, mixture), latents_race(stage, latent)]
     races += [experts_race(stage, mixture, sequences) for sequences in TOGETHER]
     return report_of(
         "mixtures", TITLE, MEASURED, [stage.race(race, repeats) for race in races], LIMITS

@@ -59,13 +59,15 @@ class _Recorded:
     record: RouteRecord | None
     count: int
     num_tokens: int
+    is_forced: bool
 
     @staticmethod
     def of(datum: Datum, shape: RouteShape) -> _Recorded:
         routes, num_tokens = datum.routes, len(datum.tokens_N)
         if routes is None:
-            return _Recorded(None, 0, num_tokens)
-        return _Recorded(RouteRecord.decode(routes.record, shape), routes.num_tokens, num_tokens)
+            return _Recorded(None, 0, num_tokens, False)
+        record = RouteRecord.decode(routes.record, shape)
+        return _Recorded(record, routes.num_tokens, num_tokens, routes.is_forced)
 
     def experts(self, shape: RouteShape) -> IntArray:
         """`[N, L, K]`, NONE where nothing is recorded."""
@@ -75,9 +77,10 @@ class _Recorded:
         return experts_NLK
 
     def keys(self, indexer: int, num_keys: int) -> IntArray:
-        """`[N, C]`, likewise."""
+        """`[N, C]`, likewise; of a record that isn't repeated none either, for nothing reads
+        them."""
         keys_NC = np.full((self.num_tokens, num_keys), NONE)
-        if self.record is not None:
+        if self.record is not None and self.is_forced:
             keys_NC[: self.count] = self.record.keys(indexer)[: self.count]
         return keys_NC
 
@@ -95,7 +98,7 @@ class Replay:
         ).to(device)
         self._own_differs_T = torch.zeros(len(experts_TLK), dtype=torch.int64, device=device)
         self._out_T = torch.zeros_like(self._own_differs_T)
-        forced = [datum.routes is not None and datum.routes.is_forced for datum in data]
+        forced = [each.is_forced for each in self._recorded]
         forced_T = torch.tensor(forced).repeat_interleave(torch.tensor(lengths)).to(device)
         self._repeats_T1 = (self._is_recorded_T & forced_T)[:, None]
         self._num_keys = shape.num_keys

@@ -15,7 +15,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,24 +66,27 @@ class RouteCache:
 
     def __init__(self, shape: RouteShape, num_places: int) -> None:
         self._shape = shape
-        dtype = np.uint8 if shape.num_experts <= 256 else np.uint16
-        self._experts_SLK = np.zeros((num_places, shape.num_layers, shape.num_chosen), dtype)
-        self._seen_S = np.full(num_places, None, object)
-        """Which positions each indexer left, packed; None where a token saw all up to its own."""
+        size = num_places, shape.num_layers, shape.num_chosen
+        self._experts_SLK = np.zeros(size, shape.expert_dtype)
+        self._seen: dict[int, bytes] = {}
+        """By places, which positions each indexer left, packed; none where a token saw all up to
+        its own."""
 
     def write(self, place_T: IntArray, recorder: Recorder) -> None:
         """Lanes may write at once, each its own places."""
         if (experts_TLK := recorder.taken_experts) is not None:
             self._experts_SLK[place_T] = experts_TLK
-        self._seen_S[place_T] = None
+        if self._shape.num_indexers:
+            for place in place_T.tolist():
+                self._seen.pop(place, None)
         if keys_ITC := recorder.taken_keys:
             for row in np.flatnonzero(keys_ITC[0][:, -1] != NONE):
                 chosen_IC = np.stack([keys_TC[row] for keys_TC in keys_ITC])
-                self._seen_S[place_T[row]] = _pack(chosen_IC)
+                self._seen[int(place_T[row])] = _pack(chosen_IC)
 
     def record(self, place_N: IntArray) -> bytes:
         """What the tokens at these places of a sequence chose, in order."""
-        seen_N: list[bytes | None] = self._seen_S[place_N].tolist()
+        seen_N = [self._seen.get(place) for place in place_N.tolist()]
         return encode(self._experts_SLK[place_N], seen_N, self._shape)
 
 
@@ -122,8 +124,7 @@ class RouteRecord:
         if magic != MAGIC or given != wanted:
             raise InvalidRequest(f"not a record of this base's routes: {given}, not {wanted}")
         experts, *frames = _split(data[HEAD.size :])
-        dtype: Any = np.uint8 if shape.num_experts <= 256 else np.uint16
-        experts_NLK = np.frombuffer(zstandard.decompress(experts), dtype)
+        experts_NLK = np.frombuffer(zstandard.decompress(experts), shape.expert_dtype)
         return RouteRecord(
             experts_NLK.reshape(num_tokens, shape.num_layers, shape.num_chosen),
             shape.num_keys,

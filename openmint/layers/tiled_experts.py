@@ -51,12 +51,11 @@ class TiledExperts:
         token_N: Tensor,
         adapters: AdapterBatch | None,
     ) -> Tensor:
-        """Each row through its expert. `token_N` says which token of the batch a row is."""
+        """Each row through its expert, with a way back. `token_N` says which token of the batch a
+        row is."""
         rows = experts.Rows(np.cumsum(counts_E), _slots(adapters, token_N))
-        if x_ND.requires_grad:
-            y_ND: Tensor = _Trained.apply(x_ND, self, rows, adapters)
-            return y_ND
-        return self.run(x_ND, rows, adapters)[0]
+        y_ND: Tensor = _Trained.apply(x_ND, self, rows, adapters)
+        return y_ND
 
     def serve(
         self,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from openmint.layers.adapters import AdapterBatch
@@ -46,6 +47,11 @@ class RouteShape:
     num_indexers: int = 0
     num_keys: int = 0
     """That an indexer leaves, once there are more."""
+
+    @property
+    def expert_dtype(self) -> np.dtype[Any]:
+        """The smallest that numbers all experts."""
+        return np.dtype(np.uint8 if self.num_experts <= 256 else np.uint16)
 
 
 class Model(Protocol):

@@ -29,8 +29,6 @@ from openmint.models.quantized import METHODS, quantization_of, remedy
 from openmint.plan.placement import Placement, Widths, cuts_of
 from openmint.types import EXPERT, LAYER, BaseInfo, Digest, LoraSpec, TargetStack
 
-REFERENCE_BYTES = 8
-"""To what indexers chose for a token."""
 Share = Literal["attention", "feed-forward", "routed experts", "embedding and head", "others"]
 SHARES: tuple[tuple[str, Share], ...] = (
     (r".*norm\.\w+|.*indexer\..*|mlp\.(gate|router)\..*", "others"),
@@ -156,8 +154,7 @@ class PlannedBase:
         routes = self.routes
         if routes is None:
             return 0
-        expert_bytes = 1 if routes.num_experts <= 256 else 2
-        return routes.num_layers * routes.num_chosen * expert_bytes + REFERENCE_BYTES
+        return routes.num_layers * routes.num_chosen * routes.expert_dtype.itemsize
 
     @property
     def index_bits(self) -> int:

@@ -142,9 +142,9 @@ class Room:
 
     @property
     def kv(self) -> KvRoom:
-        each = self.base.token_bytes(self.placement)
-        tokens = self.part_bytes // each
         base = self.base
+        each = base.token_bytes(self.placement)
+        tokens = self.part_bytes // each
         return KvRoom(each, self.part_bytes, tokens, base.record_bytes, base.index_bits)
 
     def adapters(self, spec: LoraSpec) -> AdapterRoom:
